@@ -91,7 +91,13 @@ struct ClipStatistics {
   double last_step_seconds = 0;
   std::vector<double> layer_sparsity;   // per block, from the maps used so far; empty when dense
   std::vector<double> layer_mass_kept;  // per block, from a sample of rows; empty when dense
-  double sparsity() const;              // mean over layers; 0 when dense
+
+  // Mean over layers; 0 when dense.
+  double sparsity() const {
+    double sum = 0;
+    for (double value : layer_sparsity) sum += value;
+    return layer_sparsity.empty() ? 0.0 : sum / static_cast<double>(layer_sparsity.size());
+  }
 };
 
 // Some decoded frames.
@@ -137,7 +143,8 @@ class Pipeline {
   virtual std::unique_ptr<Generation> Begin(const ClipSpec& spec) const = 0;
   // One denoising step for each. All have equal batch keys; they may stand at different steps. A
   // clip's result does not depend on who shares its batch. If one clip's latent turns non-finite,
-  // its error is set in `failed` and the others go on.
+  // its failure is returned and the others go on. If the call throws, generations whose step()
+  // has not moved are as they were, and may be stepped again.
   struct StepFailure {
     Generation* generation = nullptr;
     std::string message;  // names step and layer range
