@@ -26,6 +26,9 @@ namespace slalom {
 enum class Activation { kNone, kGeluTanh, kSilu };
 
 // y = act(x w^T + bias); out = y, or residual + y, or residual + gate * y.
+// A row of out has the same bits whatever M is and whatever the other rows hold: a clip's
+// result must not depend on who shares its batch. So the order of the sum over K follows from
+// (N, K) alone.
 struct LinearArgs {
   Tensor x;       // [M, K] T (leading dimensions may be split, as in every row-wise operation)
   Tensor weight;  // [N, K] T
@@ -38,7 +41,7 @@ struct LinearArgs {
 
 // out = LN(x) * weight + bias, then * (1 + scale) + shift. Biased variance over the last dimension.
 struct LayerNormArgs {
-  Tensor x;       // [B, L, d] T
+  Tensor x;       // [B, L, d] T or f32 (the residual stream is f32 in every compute type)
   Tensor weight;  // [d] f32, optional (with bias)
   Tensor bias;    // [d] f32, optional
   Tensor scale;   // [B, d] f32, optional (with shift)
@@ -49,10 +52,10 @@ struct LayerNormArgs {
 
 // out = x * rsqrt(mean(x^2) + eps) * weight over the last dimension (T5's and Wan's RMSNorm).
 struct RmsNormArgs {
-  Tensor x;       // [M, d] T
+  Tensor x;       // [M, d] T or f32
   Tensor weight;  // [d] f32
   float eps = 1e-6f;
-  Tensor out;  // [M, d] T; may be x
+  Tensor out;  // [M, d] T; may be x when the types agree
 };
 
 // The step before attention: RMSNorm over all heads together, split into heads, rotate.
@@ -121,11 +124,12 @@ struct SaladArgs {
   Tensor gate_out;     // [B, L] f32, optional: the gate's values
 };
 
-// out[b, i, :] = table[i, :] + t[b, i, :]: Wan's modulation rows.
+// out[i, b, :] = table[i, :] + t[b, i, :]: Wan's modulation rows. One row of all samples is one
+// piece of memory, as LayerNorm's scale and Linear's gate want it.
 struct ModulationArgs {
   Tensor table;  // [n, d] f32
   Tensor t;      // [B, n, d] f32, or [B, d] which is then used for every row
-  Tensor out;    // [B, n, d] f32
+  Tensor out;    // [n, B, d] f32
 };
 
 // Latent patches <-> tokens. Token index (f * h + y) * w + x; the patch is 1 x 2 x 2.
