@@ -52,6 +52,9 @@ struct BlockMap {
   Tensor classes;   // [B, H, Nq, Nk] u8, BlockClass
   Tensor critical;  // [B, H, Nq, M] i32: indices of the critical key blocks, ascending; M >= counts
   Tensor counts;    // [B, H, Nq] i32: how many of them
+  // Set by kWindow maps (size() > 0): for the heads [H / 2, H) the blocks divide the tokens in the
+  // order (y, x, t) of this grid instead of (t, y, x).
+  TokenGrid grid;
 };
 
 // max(1, floor(topk * key_blocks)), at most key_blocks.

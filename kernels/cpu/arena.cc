@@ -1,0 +1,104 @@
+#include "kernels/cpu/arena.h"
+
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <string>
+
+#include "kernels/core/error.h"
+
+namespace slalom {
+namespace {
+
+constexpr std::size_t kAlignment = 64;
+constexpr std::size_t kHugePage = std::size_t{2} << 20;
+
+// Sizes are rounded so that similar requests share blocks: an eighth of the size is lost at most.
+std::size_t RoundUp(std::size_t bytes) {
+  std::size_t step = kAlignment;
+  while (step * 8 < bytes) step *= 2;
+  return std::max((bytes + step - 1) / step * step, kAlignment);
+}
+
+std::byte* SystemAllocate(std::size_t size) {
+  const bool huge = size >= 2 * kHugePage;
+  const std::size_t alignment = huge ? kHugePage : kAlignment;
+  const std::size_t padded = (size + alignment - 1) / alignment * alignment;
+  void* memory = std::aligned_alloc(alignment, padded);
+  if (memory != nullptr && huge) madvise(memory, padded, MADV_HUGEPAGE);  // advice: may fail
+  return static_cast<std::byte*>(memory);
+}
+
+std::size_t PhysicalMemory() {
+  return static_cast<std::size_t>(sysconf(_SC_PHYS_PAGES)) *
+         static_cast<std::size_t>(sysconf(_SC_PAGESIZE));
+}
+
+}  // namespace
+
+std::shared_ptr<Arena> Arena::Create() { return std::shared_ptr<Arena>(new Arena()); }
+
+Arena::~Arena() { ReleaseCache(); }
+
+std::shared_ptr<std::byte> Arena::Allocate(std::size_t bytes) {
+  const std::size_t size = RoundUp(bytes);
+  std::byte* block = nullptr;
+  {
+    const std::lock_guard lock(mutex_);
+    const auto found = free_.lower_bound(size);
+    if (found != free_.end() && found->first <= size + size / 4) {
+      block = found->second;
+      cached_ -= found->first;
+      const std::size_t found_size = found->first;
+      free_.erase(found);
+      in_use_ += found_size;
+      peak_ = std::max(peak_, in_use_);
+      return {block, [self = shared_from_this(), found_size](std::byte* p) {
+                self->Return(p, found_size);
+              }};
+    }
+    block = SystemAllocate(size);
+    if (block == nullptr) {
+      ReleaseCache();
+      block = SystemAllocate(size);
+    }
+    if (block == nullptr) {
+      throw Error(ErrorCode::kResourceExhausted, "out of host memory: " + std::to_string(bytes) +
+                                                     " bytes wanted, " + std::to_string(in_use_) +
+                                                     " in use");
+    }
+    in_use_ += size;
+    peak_ = std::max(peak_, in_use_);
+  }
+  return {block, [self = shared_from_this(), size](std::byte* p) { self->Return(p, size); }};
+}
+
+void Arena::Return(std::byte* block, std::size_t size) {
+  const std::lock_guard lock(mutex_);
+  in_use_ -= size;
+  cached_ += size;
+  free_.emplace(size, block);
+}
+
+void Arena::ReleaseCache() {
+  for (const auto& [size, block] : free_) std::free(block);
+  free_.clear();
+  cached_ = 0;
+}
+
+MemoryStats Arena::Stats() const {
+  const std::lock_guard lock(mutex_);
+  return {.bytes_in_use = in_use_,
+          .bytes_reserved = in_use_ + cached_,
+          .bytes_peak = peak_,
+          .bytes_total = PhysicalMemory()};
+}
+
+void Arena::ResetPeak() {
+  const std::lock_guard lock(mutex_);
+  peak_ = in_use_;
+}
+
+}  // namespace slalom

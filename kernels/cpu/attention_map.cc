@@ -1,0 +1,193 @@
+// Block maps: pooled scores or sliding windows, and what is counted from them.
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <numeric>
+#include <vector>
+
+#include "kernels/cpu/check.h"
+#include "kernels/cpu/convert.h"
+#include "kernels/cpu/cpu_backend.h"
+
+namespace slalom {
+namespace {
+
+std::int64_t Blocks(std::int64_t length, std::int64_t block) {
+  return (length + block - 1) / block;
+}
+
+// Mean of each block's rows: x [L, H, D] (one batch element) -> means [N, H * D].
+template <typename T>
+void PoolBlock(const T* x, std::int64_t length, std::int64_t width, std::int64_t block,
+               std::int64_t index, float* mean) {
+  const std::int64_t begin = index * block;
+  const std::int64_t end = std::min(length, begin + block);
+  std::fill(mean, mean + width, 0.0f);
+  for (std::int64_t r = begin; r < end; ++r) {
+    for (std::int64_t c = 0; c < width; ++c) mean[c] += ToFloat(x[r * width + c]);
+  }
+  const float rows = static_cast<float>(end - begin);
+  for (std::int64_t c = 0; c < width; ++c) mean[c] /= rows;
+}
+
+// Classes of one query block from its scores: best first, ties to the lower index, NaN last.
+void ClassifyRow(const float* scores, std::int64_t count, std::int64_t critical,
+                 std::int64_t negligible, std::vector<std::int32_t>& order, std::uint8_t* classes) {
+  order.resize(static_cast<std::size_t>(count));
+  std::iota(order.begin(), order.end(), 0);
+  const auto key = [&](std::int32_t j) {
+    return std::isnan(scores[j]) ? -std::numeric_limits<float>::infinity() : scores[j];
+  };
+  std::sort(order.begin(), order.end(), [&](std::int32_t a, std::int32_t b) {
+    const float ka = key(a);
+    const float kb = key(b);
+    return ka != kb ? ka > kb : a < b;
+  });
+  for (std::int64_t i = 0; i < count; ++i) {
+    const BlockClass c = i < critical             ? BlockClass::kCritical
+                         : i < count - negligible ? BlockClass::kMarginal
+                                                  : BlockClass::kNegligible;
+    classes[order[static_cast<std::size_t>(i)]] = static_cast<std::uint8_t>(c);
+  }
+}
+
+// The window of one query block: `critical` neighbouring key blocks around the one that holds the
+// block's middle token, moved inwards at the ends. The rest is marginal.
+void WindowRow(std::int64_t query_block, std::int64_t length, const BlockMapOptions& options,
+               std::int64_t key_blocks, std::int64_t critical, std::uint8_t* classes) {
+  const std::int64_t begin = query_block * options.block_q;
+  const std::int64_t end = std::min<std::int64_t>(length, begin + options.block_q);
+  const std::int64_t centre = (begin + (end - begin - 1) / 2) / options.block_k;
+  const std::int64_t first =
+      std::clamp<std::int64_t>(centre - (critical - 1) / 2, 0, key_blocks - critical);
+  for (std::int64_t j = 0; j < key_blocks; ++j) {
+    const bool inside = j >= first && j < first + critical;
+    classes[j] = static_cast<std::uint8_t>(inside ? BlockClass::kCritical : BlockClass::kMarginal);
+  }
+}
+
+// Fills critical lists and counts from the classes. Allocates them with the smallest M that holds
+// every list.
+void FillLists(CpuBackend& backend, BlockMap& map) {
+  const Shape& shape = map.classes.shape();
+  const std::int64_t rows = shape[0] * shape[1] * shape[2];
+  const std::int64_t blocks = shape[3];
+  const std::uint8_t* classes = map.classes.data<std::uint8_t>();
+  const auto critical = static_cast<std::uint8_t>(BlockClass::kCritical);
+  map.counts = backend.Allocate(Shape{shape[0], shape[1], shape[2]}, DType::kI32);
+  std::int32_t* counts = map.counts.data<std::int32_t>();
+  std::int32_t most = 1;
+  for (std::int64_t r = 0; r < rows; ++r) {
+    const std::uint8_t* row = classes + r * blocks;
+    counts[r] = static_cast<std::int32_t>(std::count(row, row + blocks, critical));
+    most = std::max(most, counts[r]);
+  }
+  map.critical = backend.Allocate(Shape{shape[0], shape[1], shape[2], most}, DType::kI32);
+  for (std::int64_t r = 0; r < rows; ++r) {
+    std::int32_t* list = map.critical.data<std::int32_t>() + r * most;
+    std::fill(list, list + most, 0);
+    for (std::int64_t j = 0; j < blocks; ++j) {
+      if (classes[r * blocks + j] == critical) *list++ = static_cast<std::int32_t>(j);
+    }
+  }
+}
+
+}  // namespace
+
+BlockMap CpuBackend::MakeBlockMap(const BlockMapArgs& args) {
+  const Check check("MakeBlockMap");
+  check.Rank(args.q, 4, "q");
+  check.Compute(args.q, "q");
+  const std::int64_t batch = args.q.dim(0);
+  const std::int64_t length = args.q.dim(1);
+  const std::int64_t heads = args.q.dim(2);
+  const std::int64_t head_size = args.q.dim(3);
+  check.Is(args.k, args.q.shape(), args.q.dtype(), "k");
+  const BlockMapOptions& options = args.options;
+  check.That(options.block_q > 0 && options.block_k > 0, "options", "has an empty block");
+  check.That(options.topk > 0 && options.topk <= 1, "options", "has topk outside (0, 1]");
+  check.That(options.negligible >= 0 && options.negligible < 1, "options",
+             "has negligible outside [0, 1)");
+  check.That(length > 0, "q", "has no tokens");
+  const bool window = options.kind == BlockMapKind::kWindow;
+  check.That(!window || args.grid.size() == length, "grid", "does not hold q's tokens");
+
+  const std::int64_t nq = Blocks(length, options.block_q);
+  const std::int64_t nk = Blocks(length, options.block_k);
+  const std::int64_t critical = CriticalBlocks(options.topk, nk);
+  const std::int64_t negligible = NegligibleBlocks(options.negligible, nk, critical);
+  BlockMap map;
+  map.block_q = options.block_q;
+  map.block_k = options.block_k;
+  map.classes = Allocate(Shape{batch, heads, nq, nk}, DType::kU8);
+  std::uint8_t* classes = map.classes.data<std::uint8_t>();
+  if (window) {
+    map.grid = args.grid;
+    for (std::int64_t r = 0; r < batch * heads * nq; ++r) {
+      WindowRow(r % nq, length, options, nk, critical, classes + r * nk);
+    }
+    FillLists(*this, map);
+    return map;
+  }
+
+  const std::int64_t width = heads * head_size;
+  const Tensor pooled_q = Allocate(Shape{batch, nq, width}, DType::kF32);
+  const Tensor pooled_k = Allocate(Shape{batch, nk, width}, DType::kF32);
+  const auto pool = [&](const Tensor& x, std::int64_t block, std::int64_t blocks,
+                        const Tensor& means) {
+    VisitCompute(x.dtype(), [&](auto tag) {
+      using T = decltype(tag);
+      parallel_.Tasks(batch * blocks, [&](std::int64_t i, int /*thread*/) {
+        PoolBlock(x.data<T>() + i / blocks * length * width, length, width, block, i % blocks,
+                  means.data<float>() + i * width);
+      });
+    });
+  };
+  pool(args.q, options.block_q, nq, pooled_q);
+  pool(args.k, options.block_k, nk, pooled_k);
+
+  parallel_.Tasks(batch * heads * nq, [&](std::int64_t r, int /*thread*/) {
+    const std::int64_t i = r % nq;
+    const std::int64_t h = r / nq % heads;
+    const std::int64_t b = r / nq / heads;
+    const float* q = pooled_q.data<float>() + (b * nq + i) * width + h * head_size;
+    const float* k = pooled_k.data<float>() + b * nk * width + h * head_size;
+    std::vector<float> scores(static_cast<std::size_t>(nk));
+    std::vector<std::int32_t> order;
+    for (std::int64_t j = 0; j < nk; ++j) {
+      float score = 0;
+#pragma omp simd reduction(+ : score)
+      for (std::int64_t c = 0; c < head_size; ++c) score += q[c] * k[j * width + c];
+      scores[static_cast<std::size_t>(j)] = score;
+    }
+    ClassifyRow(scores.data(), nk, critical, negligible, order, classes + r * nk);
+  });
+  FillLists(*this, map);
+  return map;
+}
+
+BlockMap CpuBackend::BlockMapFromClasses(const Tensor& classes, int block_q, int block_k) {
+  const Check check("BlockMapFromClasses");
+  check.Rank(classes, 4, "classes");
+  check.That(classes.dtype() == DType::kU8, "classes", "is not U8");
+  check.That(block_q > 0 && block_k > 0, "block_q", "or block_k is not positive");
+  BlockMap map;
+  map.block_q = block_q;
+  map.block_k = block_k;
+  map.classes = classes;
+  FillLists(*this, map);
+  return map;
+}
+
+void CpuBackend::CountPairs(const BlockMap& map, const Tensor& counter) {
+  const Check check("CountPairs");
+  check.Present(map.counts, "map");
+  check.Is(counter, Shape{2}, DType::kI64, "counter");
+  const std::int32_t* counts = map.counts.data<std::int32_t>();
+  std::int64_t critical = 0;
+  for (std::int64_t i = 0; i < map.counts.NumElements(); ++i) critical += counts[i];
+  counter.data<std::int64_t>()[0] += critical;
+  counter.data<std::int64_t>()[1] += map.classes.NumElements();
+}
+
+}  // namespace slalom
