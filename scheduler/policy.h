@@ -2,9 +2,10 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 #include <optional>
 #include <span>
-#include <string>
+#include <string_view>
 #include <vector>
 
 #include "model/pipeline.h"
@@ -24,19 +25,27 @@ struct JobView {
   Priority priority = Priority::kNormal;
   std::uint64_t sequence = 0;  // order of arrival, unique
   std::optional<SchedulerClock::time_point> deadline;
-  // Jobs with equal keys may share a batch. Of a queued job it is only a likely one.
-  std::string batch_key;
+  // Begun jobs with equal batch keys may share a step. Which jobs will have equal ones is guessed
+  // from their specs before they have begun: equal likely keys.
+  std::string_view batch_key;
+  std::string_view likely_key;
   int max_batch = 1;         // the most that the pipeline steps at once for such clips
   bool alone = false;        // a batch with it failed: it is stepped by itself from then on
   bool wants_frames = true;  // its sink has room
   int steps_left = 0;
   double decode_left = 1.0;  // fraction of the frames
   ClipCost cost;
+
+  bool begun() const { return phase != Phase::kQueued; }
+  // Its next piece of work would make frames that nobody takes.
+  bool stalled() const {
+    return (phase == Phase::kDenoised || phase == Phase::kDecoding) && !wants_frames;
+  }
 };
 
 struct PolicyLimits {
   int max_in_flight = 8;         // begun and not done, per device
-  int max_decoding = 2;          // decoders with a client that reads, per device
+  int max_decoding = 1;          // decoders whose client reads, per device
   int max_batch = 1;             // clips per denoising step
   std::size_t memory_bytes = 0;  // device memory for clips in flight; 0: no limit
 };
@@ -63,9 +72,6 @@ class Policy {
 
   // Device seconds that a job still needs.
   static double RemainingSeconds(const JobView& job);
-
-  // Seconds until jobs[index] is done, if `devices` equal devices serve all of `jobs` in order.
-  static double SecondsUntilDone(std::span<const JobView> jobs, std::size_t index, int devices);
 };
 
 }  // namespace slalom

@@ -1,52 +1,19 @@
 // Scheduler: accepts jobs, queues them, runs them on its workers.
 #pragma once
 
-#include <array>
-#include <functional>
 #include <memory>
 #include <optional>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "model/pipeline.h"
 #include "scheduler/job.h"
-#include "scheduler/policy.h"
+#include "scheduler/options.h"
 
 namespace slalom {
 
-// One denoising step that has run, for histograms.
-struct StepObservation {
-  std::string device;
-  std::string model;
-  AttentionKind attention = AttentionKind::kDense;
-  int batch_size = 0;
-  double seconds = 0;
-};
-
-struct SchedulerOptions {
-  int max_queue = 64;  // jobs accepted and not yet begun, all models together
-  PolicyLimits limits;
-  // A client that takes no frames for so long loses its job: decoder state is held for it. 0:
-  // never.
-  double stall_seconds = 120;
-  int keep_finished = 256;  // finished jobs that Find and List still know
-  // Called from worker threads; must not block. May be empty.
-  std::function<void(const StepObservation&)> on_step;
-};
-
-struct DeviceStats {
-  std::string device;
-  std::string description;
-  bool healthy = true;
-  int in_flight = 0;
-  double busy_seconds = 0;  // in pipeline calls, since the start
-};
-
-struct SchedulerStats {
-  std::array<int, kNumPriorities> queued{};  // by Priority
-  int in_flight = 0;
-  std::vector<DeviceStats> devices;
-};
+class Worker;
 
 // All methods are thread-safe. Pipelines are grouped by device: one worker thread drives all of a
 // device's pipelines, one bounded piece of work at a time. Jobs of one model are served by every
@@ -98,8 +65,12 @@ class Scheduler {
   bool Drain(SchedulerClock::time_point deadline);
 
  private:
-  class Impl;
-  std::unique_ptr<Impl> impl_;
+  void SweepLoop();
+
+  std::vector<std::string> models_;  // in the order given; the first is the default
+  std::shared_ptr<JobTable> table_;  // handles outlive the scheduler
+  std::vector<std::unique_ptr<Worker>> workers_;
+  std::thread sweeper_;  // ends queued jobs: no worker has to look at them
 };
 
 }  // namespace slalom

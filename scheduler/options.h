@@ -1,0 +1,49 @@
+// How a scheduler is set up, and what it tells about itself.
+#pragma once
+
+#include <array>
+#include <functional>
+#include <string>
+#include <vector>
+
+#include "kernels/attention.h"
+#include "scheduler/job.h"
+#include "scheduler/policy.h"
+
+namespace slalom {
+
+// One denoising step that has run, for histograms.
+struct StepObservation {
+  std::string device;
+  std::string model;
+  AttentionKind attention = AttentionKind::kDense;
+  int batch_size = 0;
+  double seconds = 0;
+};
+
+struct SchedulerOptions {
+  int max_queue = 64;  // jobs accepted and not yet begun, all models together
+  PolicyLimits limits;
+  // A client that takes no frames for so long loses its job: decoder state is held for it. 0:
+  // never.
+  double stall_seconds = 120;
+  int keep_finished = 256;  // finished jobs that Find and List still know
+  // Called from worker threads; must not block. May be empty.
+  std::function<void(const StepObservation&)> on_step;
+};
+
+struct DeviceStats {
+  std::string device;
+  std::string description;
+  bool healthy = true;
+  int in_flight = 0;
+  double busy_seconds = 0;  // in pipeline calls, since the start
+};
+
+struct SchedulerStats {
+  std::array<int, kNumPriorities> queued{};  // by Priority
+  int in_flight = 0;
+  std::vector<DeviceStats> devices;
+};
+
+}  // namespace slalom

@@ -1,0 +1,217 @@
+#include "scheduler/worker.h"
+
+#include <algorithm>
+#include <new>
+#include <utility>
+
+namespace slalom {
+namespace {
+
+// Calls what may throw; the seam where exceptions become values.
+template <typename Call>
+std::optional<Error> Attempt(Call&& call) {
+  try {
+    call();
+    return std::nullopt;
+  } catch (const Error& error) {
+    return error;
+  } catch (const std::bad_alloc&) {
+    return Error(ErrorCode::kResourceExhausted, "out of host memory");
+  } catch (const std::exception& error) {
+    return Error(ErrorCode::kInternal, error.what());
+  } catch (...) {
+    return Error(ErrorCode::kInternal, "an exception of unknown type");
+  }
+}
+
+bool DeviceLost(const std::optional<Error>& error) {
+  return error && error->code() == ErrorCode::kUnavailable;
+}
+
+std::vector<std::string> Names(const std::vector<std::unique_ptr<Pipeline>>& pipelines) {
+  std::vector<std::string> names;
+  for (const auto& pipeline : pipelines) names.push_back(pipeline->info().name);
+  return names;
+}
+
+}  // namespace
+
+Worker::Worker(std::vector<std::unique_ptr<Pipeline>> pipelines, const SchedulerOptions& options,
+               std::shared_ptr<JobTable> table)
+    : pipelines_(std::move(pipelines)),
+      options_(options),
+      table_(std::move(table)),
+      device_(ToString(pipelines_.front()->device())),
+      index_(table_->AddWorker(device_, pipelines_.front()->device_description(),
+                               Names(pipelines_))) {}
+
+Worker::~Worker() {
+  if (thread_.joinable()) thread_.join();
+}
+
+void Worker::Start() {
+  thread_ = std::thread([this] { Loop(); });
+}
+
+const Pipeline* Worker::Find(const std::string& model) const {
+  for (const auto& pipeline : pipelines_) {
+    if (pipeline->info().name == model) return pipeline.get();
+  }
+  return nullptr;
+}
+
+void Worker::Loop() {
+  while (!lost_) {
+    const std::uint64_t epoch = table_->epoch();
+    for (const JobPtr& job : jobs_) {
+      job->wants_frames.store(job->request.sink->WantsFrames(), std::memory_order_relaxed);
+    }
+    const JobTable::Turn turn = table_->NextTurn(index_, epoch);
+    if (turn.stop) return;
+    for (const auto& [job, reason] : turn.endings) End(job, reason);
+    switch (turn.kind) {
+      case Action::Kind::kWait:
+        break;
+      case Action::Kind::kBegin:
+        Begin(turn.jobs.front());
+        break;
+      case Action::Kind::kDenoise:
+        Denoise(turn.jobs);
+        break;
+      case Action::Kind::kDecode:
+        Decode(turn.jobs.front());
+        break;
+    }
+  }
+}
+
+// Runs one piece of work on the device and measures it.
+template <typename Work>
+Worker::Outcome Worker::OnDevice(Work&& work) {
+  const auto start = SchedulerClock::now();
+  Outcome outcome;
+  outcome.error = Attempt(std::forward<Work>(work));
+  outcome.seconds = std::chrono::duration<double>(SchedulerClock::now() - start).count();
+  table_->AddBusy(index_, outcome.seconds);
+  return outcome;
+}
+
+// Calls the sink; false when that failed, and with it the job.
+template <typename Call>
+bool Worker::Tell(const JobPtr& job, Call&& call) {
+  const auto error = Attempt([&] { call(*job->request.sink); });
+  if (error) End(job, error);
+  return !error;
+}
+
+void Worker::Begin(const JobPtr& job) {
+  jobs_.push_back(job);
+  const auto waited = SchedulerClock::now() - job->submitted;
+  job->result.queue_seconds = std::chrono::duration<double>(waited).count();
+  const Progress encoding = table_->CurrentProgress(job);
+  if (!Tell(job, [&](JobSink& sink) { sink.OnProgress(encoding); })) return;
+
+  const Pipeline& pipeline = *Find(job->request.model);
+  int max_batch = 1;
+  const Outcome outcome = OnDevice([&] {
+    job->generation = pipeline.Begin(job->request.spec);
+    max_batch = pipeline.MaxBatch(job->request.spec);
+  });
+  job->result.begin_seconds = outcome.seconds;
+  if (outcome.error) return Failed(job, *outcome.error);
+  const Progress begun = table_->ReportBegun(job, max_batch);
+  Tell(job, [&](JobSink& sink) { sink.OnProgress(begun); });
+}
+
+void Worker::Denoise(const std::vector<JobPtr>& jobs) {
+  const Pipeline& pipeline = *Find(jobs.front()->request.model);
+  std::vector<Generation*> batch;
+  std::vector<int> steps_before;
+  for (const JobPtr& job : jobs) {
+    batch.push_back(job->generation.get());
+    steps_before.push_back(job->generation->step());
+  }
+  std::vector<Pipeline::StepFailure> failures;
+  const Outcome outcome = OnDevice([&] { failures = pipeline.DenoiseStep(batch); });
+  const double share = outcome.seconds / static_cast<double>(jobs.size());
+  for (const JobPtr& job : jobs) job->result.denoise_seconds += share;
+  if (DeviceLost(outcome.error)) return LoseDevice(*outcome.error);
+  if (!outcome.error && options_.on_step) {
+    options_.on_step({device_, jobs.front()->request.model, jobs.front()->request.spec.attention,
+                      static_cast<int>(jobs.size()), outcome.seconds});
+  }
+
+  for (std::size_t i = 0; i < jobs.size() && !lost_; ++i) {
+    const auto failure = std::find_if(failures.begin(), failures.end(),
+                                      [&](const auto& f) { return f.generation == batch[i]; });
+    if (failure != failures.end()) {
+      End(jobs[i], Error(ErrorCode::kInternal, failure->message));
+    } else if (!outcome.error || batch[i]->step() > steps_before[i]) {
+      Stepped(jobs[i], share);
+    } else if (jobs.size() > 1) {
+      // Nobody knows whose fault it was. Those that have not moved try again, each by itself: who
+      // fails then has failed alone.
+      table_->StepAlone(jobs[i]);
+    } else {
+      End(jobs[i], outcome.error);
+    }
+  }
+}
+
+void Worker::Stepped(const JobPtr& job, double share) {
+  const Progress progress = table_->ReportStep(job, share);
+  if (!Tell(job, [&](JobSink& sink) { sink.OnProgress(progress); })) return;
+
+  const int every = job->request.preview_every;
+  if (every <= 0 || progress.step % every != 0 || progress.step == progress.steps) return;
+  Tensor image;
+  const Outcome outcome =
+      OnDevice([&] { image = Find(job->request.model)->Preview(*job->generation); });
+  if (outcome.error) return Failed(job, *outcome.error);
+  Tell(job, [&](JobSink& sink) { sink.OnPreview(image); });
+}
+
+void Worker::Decode(const JobPtr& job) {
+  FrameBatch frames;
+  const Outcome outcome =
+      OnDevice([&] { frames = Find(job->request.model)->DecodeNext(*job->generation); });
+  job->result.decode_seconds += outcome.seconds;
+  if (outcome.error) return Failed(job, *outcome.error);
+
+  const Progress progress = table_->ReportFrames(job, frames.num_frames());
+  const bool told = Tell(job, [&](JobSink& sink) {
+    sink.OnProgress(progress);
+    if (frames.num_frames() > 0) sink.OnFrames(frames);
+  });
+  if (!told) return;
+  if (frames.num_frames() == 0 || job->generation->decoded()) End(job, std::nullopt);
+}
+
+void Worker::End(const JobPtr& job, const std::optional<Error>& error) {
+  if (job->generation) {
+    job->result.statistics = job->generation->statistics();
+    job->generation.reset();
+  }
+  table_->End(job, error);
+  // Last: `job` may refer into jobs_.
+  std::erase(jobs_, JobPtr(job));
+}
+
+void Worker::Failed(const JobPtr& job, const Error& error) {
+  if (DeviceLost(error)) {
+    LoseDevice(error);
+  } else {
+    End(job, error);
+  }
+}
+
+void Worker::LoseDevice(const Error& error) {
+  lost_ = true;
+  table_->MarkLost(index_);
+  const std::vector<JobPtr> jobs = std::exchange(jobs_, {});
+  for (const JobPtr& job : jobs) {
+    End(job, Error(ErrorCode::kUnavailable, "device " + device_ + " is lost: " + error.what()));
+  }
+}
+
+}  // namespace slalom
