@@ -69,7 +69,7 @@ std::vector<AttentionAdapter> LoadAdapters(const std::string& folder,
                                            const TransformerConfig& config);
 
 // The weight of Linear `name` ("blocks.0.attn1.to_q") with the adapter's LoRA merged in: the sum is
-// made in f32 on the host and rounded once. Without a LoRA on it, what Weights::Load gives.
+// made in f32 and rounded once. Without a LoRA on it, what Weights::Load gives.
 Tensor LoadMerged(Backend& backend, const Weights& base, const AttentionAdapter& adapter,
                   const std::string& name, const Shape& expected, DType dtype);
 

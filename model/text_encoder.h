@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <span>
+#include <string>
 #include <vector>
 
 #include "kernels/backend.h"
@@ -34,13 +35,15 @@ class TextEncoder {
     Tensor attention_norm;     // [d] f32
     Tensor q, k, v;            // [H * d_kv, d] T
     Tensor o;                  // [d, H * d_kv] T
-    std::vector<float> bias;   // [H, buckets], host
+    std::vector<float> bias;   // [buckets, H], host
     Tensor feed_forward_norm;  // [d] f32
     Tensor wi;                 // [2 * d_ff, d] T: wi_0 (the GELU's), then wi_1
     Tensor wo;                 // [d, d_ff] T
   };
   struct Scratch;
 
+  std::vector<float> LoadBiasTable(const Weights& weights, const std::string& name) const;
+  Scratch MakeScratch(Backend& backend, std::int64_t n) const;
   void Attend(Backend& backend, const Layer& layer, Scratch& scratch) const;
   void FeedForward(Backend& backend, const Layer& layer, Scratch& scratch) const;
 

@@ -6,6 +6,7 @@
 #include <memory>
 #include <string>
 #include <string_view>
+#include <utility>
 #include <vector>
 
 #include "kernels/backend.h"
@@ -37,6 +38,8 @@ class Weights {
   Tensor Get(std::string_view name) const;
   // A copy on the backend's device, converted to `dtype`, when the shape is as expected.
   Tensor Load(Backend& backend, std::string_view name, const Shape& expected, DType dtype) const;
+  // The same into memory that is already there, whose shape is the expected one.
+  void LoadInto(Backend& backend, std::string_view name, const Tensor& out) const;
 
   // Sorted.
   std::vector<std::string> Names() const;
@@ -50,6 +53,8 @@ class Weights {
  private:
   struct State;
   explicit Weights(std::shared_ptr<const State> state) : state_(std::move(state)) {}
+  static void CheckStored(const State& state, std::string_view name, const Shape& expected,
+                          DType dtype);
 
   std::shared_ptr<const State> state_;
 };
