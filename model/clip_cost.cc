@@ -1,0 +1,108 @@
+#include "model/clip_cost.h"
+
+#include <algorithm>
+
+#include "model/guidance.h"
+
+namespace slalom {
+namespace {
+
+// The weight of the newest measurement: recent enough to follow a change of load, calm enough that
+// one slow step does not turn an estimate around.
+constexpr double kNewest = 0.3;
+
+// x (f32), corrected sample, estimates: latents that UniPC keeps.
+constexpr std::int64_t kLatentsKept = 4;
+// Made by one step beside those.
+constexpr std::int64_t kLatentsMade = 3;
+
+double Product(std::int64_t a, std::int64_t b) {
+  return static_cast<double>(a) * static_cast<double>(b);
+}
+
+}  // namespace
+
+ClipShape ShapeOf(const ModelConfig& config, const ClipSpec& spec) {
+  const int space = config.vae.spatial_scale();
+  const int time = config.vae.temporal_scale();
+  ClipShape shape = {.channels = config.vae.z_dim,
+                     .frames = (spec.num_frames - 1) / time + 1,
+                     .height = spec.height / space,
+                     .width = spec.width / space};
+  shape.grid = {.frames = shape.frames, .height = shape.height / 2, .width = shape.width / 2};
+  return shape;
+}
+
+int SamplesPerStep(const ClipSpec& spec) { return UsesGuidance(spec.guidance_scale) ? 2 : 1; }
+
+double TransformerFlops(const TransformerConfig& config, std::int64_t tokens, AttentionKind kind,
+                        double topk) {
+  const std::int64_t dim = config.dim();
+  const double l = static_cast<double>(tokens);
+  // Per layer: q, k, v, o; the cross-attention's q and o; the MLP; attention to the text.
+  double layer = 2.0 * 6.0 * l * Product(dim, dim) + 4.0 * l * Product(dim, config.ffn_dim) +
+                 4.0 * l * Product(config.text_len, dim);
+  const double core = 4.0 * l * l * static_cast<double>(dim);
+  layer += kind == AttentionKind::kDense ? core : core * topk;
+  if (kind != AttentionKind::kDense) layer += 4.0 * l * Product(config.attention_head_dim, dim);
+  if (kind == AttentionKind::kSalad) layer += 2.0 * l * Product(dim, dim);
+  const double ends = 2.0 * l * Product(4 * (config.in_channels + config.out_channels), dim);
+  return config.num_layers * layer + ends;
+}
+
+double TextFlops(const ModelConfig& config, std::int64_t text_tokens) {
+  const TextEncoderConfig& text = config.text_encoder;
+  const std::int64_t inner = std::int64_t{text.num_heads} * text.d_kv;
+  const double per_token =
+      2.0 * text.num_layers *
+      (4.0 * Product(text.d_model, inner) + 3.0 * Product(text.d_model, text.d_ff));
+  const TransformerConfig& transformer = config.transformer;
+  const double per_row =
+      2.0 * (Product(transformer.text_dim, transformer.dim()) +
+             (1.0 + 2.0 * transformer.num_layers) * Product(transformer.dim(), transformer.dim()));
+  return per_token * static_cast<double>(text_tokens) + per_row * transformer.text_len;
+}
+
+std::size_t WaitingBytes(const ModelConfig& config, const ClipSpec& spec, DType dtype) {
+  const ClipShape shape = ShapeOf(config, spec);
+  const TransformerConfig& transformer = config.transformer;
+  const std::int64_t latents = kLatentsKept * shape.latent().NumElements() * 4;
+  const std::int64_t text = std::int64_t{SamplesPerStep(spec)} * 2 * transformer.num_layers *
+                            transformer.text_len * transformer.dim() *
+                            static_cast<std::int64_t>(ByteSize(dtype));
+  const std::int64_t angles = shape.grid.size() * transformer.attention_head_dim * 4;
+  return static_cast<std::size_t>(latents + text + angles);
+}
+
+std::size_t StepBytes(const ModelConfig& config, const ClipSpec& spec, DType dtype) {
+  const ClipShape shape = ShapeOf(config, spec);
+  const TransformerConfig& transformer = config.transformer;
+  const std::int64_t tokens = shape.grid.size();
+  const std::int64_t dim = transformer.dim();
+  const auto element = static_cast<std::int64_t>(ByteSize(dtype));
+  const std::int64_t samples = SamplesPerStep(spec);
+
+  // In T: the layer's input, then q, k, v and the output, or the MLP's hidden rows. SALAD also
+  // keeps q and k as they were before rotation, and its linear branch.
+  const std::int64_t attention = spec.attention == AttentionKind::kSalad ? 8 * dim : 4 * dim;
+  const std::int64_t rows =
+      4 * dim + element * (dim + std::max<std::int64_t>(attention, transformer.ffn_dim));
+  std::int64_t map = 0;
+  if (spec.attention != AttentionKind::kDense) {
+    // Classes and scores of the block pairs, blocks of 64 tokens.
+    const std::int64_t blocks = (tokens + 63) / 64;
+    map = transformer.num_attention_heads * blocks * blocks * (1 + 4 + 4);
+  }
+  const std::int64_t latents = (2 * samples + kLatentsMade) * shape.latent().NumElements() * 4;
+  return static_cast<std::size_t>(samples * (tokens * rows + map) + latents);
+}
+
+void RateMeter::Add(double flops, double seconds) {
+  if (!(seconds > 0) || !(flops > 0)) return;
+  const double latest = flops / seconds;
+  const double old = rate_.load(std::memory_order_relaxed);
+  rate_.store(measured() ? old + kNewest * (latest - old) : latest, std::memory_order_relaxed);
+  measured_.store(true, std::memory_order_relaxed);
+}
+
+}  // namespace slalom

@@ -1,0 +1,58 @@
+// What a clip costs, as functions of its shape, and how fast this machine pays.
+#pragma once
+
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+
+#include "kernels/attention.h"
+#include "kernels/core/dtype.h"
+#include "kernels/core/tensor.h"
+#include "model/config.h"
+#include "model/pipeline.h"
+
+namespace slalom {
+
+// A clip's latent and its tokens.
+struct ClipShape {
+  std::int64_t channels = 0;
+  std::int64_t frames = 0;  // latent frames
+  std::int64_t height = 0;  // latent positions
+  std::int64_t width = 0;
+  TokenGrid grid;
+
+  Shape latent() const { return {channels, frames, height, width}; }
+};
+ClipShape ShapeOf(const ModelConfig& config, const ClipSpec& spec);
+
+// Samples that one step of the clip runs through the transformer: two with guidance.
+int SamplesPerStep(const ClipSpec& spec);
+
+// Operations (a multiply-add counts 2) of one transformer pass of one sample of `tokens`, of
+// encoding a text of `text_tokens`. The attention core counts by its share of key blocks, topk.
+double TransformerFlops(const TransformerConfig& config, std::int64_t tokens, AttentionKind kind,
+                        double topk);
+double TextFlops(const ModelConfig& config, std::int64_t text_tokens);
+
+// Device memory of a clip between steps: latent and history, its prompts, its angles.
+std::size_t WaitingBytes(const ModelConfig& config, const ClipSpec& spec, DType dtype);
+// More, while one step of it runs alone.
+std::size_t StepBytes(const ModelConfig& config, const ClipSpec& spec, DType dtype);
+
+// Seconds per operation, as measured: a moving average over the latest runs. Thread-safe.
+class RateMeter {
+ public:
+  explicit RateMeter(double flops_per_second) : rate_(flops_per_second) {}
+
+  // One writer at a time. The first measurement replaces the initial guess.
+  void Add(double flops, double seconds);
+  double SecondsFor(double flops) const { return flops / rate_.load(std::memory_order_relaxed); }
+  // What was known when the meter was made has been replaced by a measurement.
+  bool measured() const { return measured_.load(std::memory_order_relaxed); }
+
+ private:
+  std::atomic<double> rate_;
+  std::atomic<bool> measured_ = false;
+};
+
+}  // namespace slalom
