@@ -17,9 +17,10 @@ namespace {
 constexpr std::string_view kMark = "\u2581";  // stands for the space before a word
 constexpr int kExtraIds = 300;                // google/umt5's sentinels
 
-// Spaces become marks, runs of them one; every word but the first is then led by its mark, and the
-// first gets one if it has none (HF: Replace(" {2,}", " "), then Metaspace(prepend always)).
+// Spaces become marks, runs of them one; the text gets a mark in front if it has none, and spaces at
+// its end go. As transformers' SpmConverter sets up its normaliser and Metaspace.
 std::string MarkWords(std::string_view text) {
+  while (text.ends_with(' ')) text.remove_suffix(1);
   std::string marked;
   for (std::size_t i = 0; i < text.size(); ++i) {
     if (text[i] != ' ') {

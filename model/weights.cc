@@ -30,7 +30,8 @@ void CheckShardName(const std::string& name, const std::string& index_path) {
   if (name.empty() || name == "." || name == ".." ||
       name.find_first_of(std::string_view("/\\\0", 3)) != std::string::npos) {
     throw Error(ErrorCode::kInvalidArgument,
-                index_path + ": '" + name + "' is not the plain name of a file in the same folder");
+                index_path + ": " + nlohmann::json(name).dump() +
+                    " is not the plain name of a file in the same folder");
   }
 }
 
