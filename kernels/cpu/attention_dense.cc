@@ -1,52 +1,107 @@
-// Dense attention.
+// Dense attention: every tile of queries over every block of keys.
 #include <cmath>
-#include <vector>
 
-#include "kernels/cpu/attention_rows.h"
+#include "kernels/cpu/attention_tile.h"
 #include "kernels/cpu/check.h"
 #include "kernels/cpu/convert.h"
 #include "kernels/cpu/cpu_backend.h"
 
 namespace slalom {
+namespace {
 
-void CpuBackend::Attention(const AttentionArgs& args) {
+struct DenseShape {
+  std::int64_t batch, queries, keys, heads, head_size;
+};
+
+DenseShape CheckAttention(const AttentionArgs& args) {
   const Check check("Attention");
   check.Rank(args.q, 4, "q");
   check.Compute(args.q, "q");
-  const std::int64_t batch = args.q.dim(0), lq = args.q.dim(1), heads = args.q.dim(2),
-                     size = args.q.dim(3);
   check.Rank(args.k, 4, "k");
-  const std::int64_t lk = args.k.dim(1);
-  check.Is(args.k, Shape{batch, lk, heads, size}, args.q.dtype(), "k");
-  check.Is(args.v, Shape{batch, lk, heads, size}, args.q.dtype(), "v");
-  check.Is(args.out, args.q.shape(), args.q.dtype(), "out");
-  check.That(lk > 0, "k", "has no rows");
+  const DType type = args.q.dtype();
+  const DenseShape s{args.q.dim(0), args.q.dim(1), args.k.dim(1), args.q.dim(2), args.q.dim(3)};
+  check.Is(args.k, Shape{s.batch, s.keys, s.heads, s.head_size}, type, "k");
+  check.Is(args.v, args.k.shape(), type, "v");
+  check.Is(args.out, args.q.shape(), type, "out");
+  check.That(s.keys > 0, "k", "has no rows");
+  check.That(s.head_size > 0, "q", "has no channels");
   if (args.relative_bias.defined()) {
-    check.Is(args.relative_bias, Shape{heads, lq + lk - 1}, DType::kF32, "relative_bias");
+    check.Is(args.relative_bias, Shape{s.heads, s.queries + s.keys - 1}, DType::kF32,
+             "relative_bias");
   }
-  if (args.lse.defined()) check.Is(args.lse, Shape{batch, heads, lq}, DType::kF32, "lse");
-  const std::int64_t stride = heads * size;
-  VisitCompute(args.q.dtype(), [&](auto tag) {
+  if (args.lse.defined()) {
+    check.Is(args.lse, Shape{s.batch, s.heads, s.queries}, DType::kF32, "lse");
+  }
+  return s;
+}
+
+// One tile of queries of one head over all of its packed keys.
+template <typename T>
+void AttendTile(const AttentionArgs& args, const DenseShape& s, const simd::Kernels& kernels,
+                const TileEngine& engine, const float* packed, std::int64_t batch,
+                std::int64_t head, std::int64_t begin, float* scratch) {
+  const TileLayout& layout = engine.layout();
+  Cutter cutter(scratch);
+  QueryTile tile(layout, cutter);
+  const std::int64_t rows = std::min(kTileRows, s.queries - begin);
+  engine.Load(RowsOfHead<const T>(args.q, batch, head), begin, rows, tile);
+  const float* bias = nullptr;
+  if (args.relative_bias.defined()) {
+    bias =
+        args.relative_bias.data<float>() + head * (s.queries + s.keys - 1) + s.queries - 1 - begin;
+  }
+  for (std::int64_t j = 0; j < layout.blocks(); ++j) {
+    engine.Attend(packed + j * layout.block_floats(), j,
+                  bias != nullptr ? bias + j * layout.block : nullptr, tile);
+  }
+  const auto out = RowsOfHead<T>(args.out, batch, head);
+  for (std::int64_t r = 0; r < rows; ++r) {
+    simd::Rows<T>(kernels).finish(tile.out + r * layout.padded_size(), tile.InverseSum(r), nullptr,
+                                  s.head_size, out.row(begin + r));
+  }
+  if (args.lse.defined()) {
+    float* lse = args.lse.data<float>() + (batch * s.heads + head) * s.queries + begin;
+    for (std::int64_t r = 0; r < rows; ++r) lse[r] = tile.maximum[r] + std::log(tile.sum[r]);
+  }
+}
+
+}  // namespace
+
+void CpuBackend::Attention(const AttentionArgs& args) {
+  const DenseShape s = CheckAttention(args);
+  if (args.q.NumElements() == 0) return;
+  const DType type = args.q.dtype();
+  const TileLayout layout{
+      .length = s.keys, .head_size = s.head_size, .block = 64, .pairs = UsePairs(type)};
+  const TileEngine engine(kernels_, layout, args.scale);
+  const std::int64_t all_heads = s.batch * s.heads;
+  const std::int64_t head_floats = layout.blocks() * layout.block_floats();
+  const std::int64_t group = HeadsAtOnce(all_heads, head_floats);
+  const Tensor packed = Allocate(Shape{group, head_floats}, DType::kF32);
+  const std::int64_t scratch_floats =
+      TileScratchFloats(layout) + layout.padded_block() * layout.padded_size();
+  const Tensor scratch = Allocate(Shape{parallel_.threads(), scratch_floats}, DType::kF32);
+  const std::int64_t tiles = (s.queries + kTileRows - 1) / kTileRows;
+
+  VisitCompute(type, [&](auto tag) {
     using T = decltype(tag);
-    parallel_.Tasks(batch * heads * lq, [&](std::int64_t r, int /*thread*/) {
-      const std::int64_t i = r % lq, h = r / lq % heads, b = r / lq / heads;
-      AttentionRow<T> row(args.q.data<T>() + (b * lq + i) * stride + h * size, size, args.scale);
-      for (std::int64_t j = 0; j < lk; ++j) {
-        const float bias =
-            args.relative_bias.defined()
-                ? args.relative_bias.data<float>()[h * (lq + lk - 1) + j - i + lq - 1]
-                : 0.0f;
-        row.Score(args.k.data<T>() + (b * lk + j) * stride + h * size, bias);
-      }
-      row.Softmax();
-      for (std::int64_t j = 0; j < lk; ++j) {
-        row.Add(j, args.v.data<T>() + (b * lk + j) * stride + h * size);
-      }
-      for (std::int64_t c = 0; c < size; ++c) {
-        args.out.data<T>()[(b * lq + i) * stride + h * size + c] = FromFloat<T>(row.Out(c));
-      }
-      if (args.lse.defined()) args.lse.data<float>()[r] = row.Lse();
-    });
+    for (std::int64_t first = 0; first < all_heads; first += group) {
+      const std::int64_t heads = std::min(group, all_heads - first);
+      parallel_.Tasks(heads * layout.blocks(), [&](std::int64_t i, int thread) {
+        const std::int64_t j = i % layout.blocks();
+        const std::int64_t head = first + i / layout.blocks();
+        engine.Pack(RowsOfHead<const T>(args.k, head / s.heads, head % s.heads),
+                    RowsOfHead<const T>(args.v, head / s.heads, head % s.heads), j,
+                    packed.data<float>() + i * layout.block_floats(),
+                    scratch.data<float>() + thread * scratch_floats);
+      });
+      parallel_.Tasks(heads * tiles, [&](std::int64_t i, int thread) {
+        const std::int64_t head = first + i / tiles;
+        AttendTile<T>(args, s, kernels_, engine, packed.data<float>() + i / tiles * head_floats,
+                      head / s.heads, head % s.heads, i % tiles * kTileRows,
+                      scratch.data<float>() + thread * scratch_floats);
+      });
+    }
   });
 }
 

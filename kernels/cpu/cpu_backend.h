@@ -9,6 +9,7 @@
 #include "kernels/cpu/cpu_features.h"
 #include "kernels/cpu/onednn.h"
 #include "kernels/cpu/parallel.h"
+#include "kernels/cpu/simd/kernels.h"
 
 namespace slalom {
 
@@ -20,6 +21,8 @@ namespace slalom {
 class CpuBackend final : public Backend {
  public:
   explicit CpuBackend(const BackendOptions& options);
+  // With the instruction sets of `features` instead of the processor's own, which must hold them.
+  CpuBackend(const BackendOptions& options, const CpuFeatures& features);
 
   Device device() const override { return Device{}; }
   DType preferred_dtype() const override;
@@ -61,7 +64,11 @@ class CpuBackend final : public Backend {
   std::int64_t CountNonFinite(const Tensor& x) override;
 
  private:
+  // Attention on bf16 pairs instead of f32.
+  bool UsePairs(DType type) const { return type == DType::kBF16 && features_.fast_bf16_dot; }
+
   CpuFeatures features_;
+  const simd::Kernels& kernels_;
   bool force_f32_;
   Parallel parallel_;
   std::shared_ptr<Arena> arena_;

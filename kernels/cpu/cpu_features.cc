@@ -57,6 +57,7 @@ CpuFeatures DetectCpuFeatures() {
   features.avx512 = features.avx2 && enabled(0xE6) && bit(extended.b, 16) && bit(extended.b, 30) &&
                     bit(extended.b, 17) && bit(extended.b, 31);
   features.avx512_bf16 = features.avx512 && bit(extended1.a, 5);
+  features.fast_bf16_dot = features.avx512_bf16 && features.name.starts_with("AMD");
   features.amx_bf16 =
       features.avx512 && enabled(0x60000) && bit(extended.d, 24) && bit(extended.d, 22);
   return features;

@@ -11,13 +11,6 @@ namespace {
 
 constexpr std::int64_t kGrain = 1 << 14;
 
-float GeluTanh(float x) {
-  constexpr float kRootTwoOverPi = 0.7978845608028654f;
-  return 0.5f * x * (1.0f + std::tanh(kRootTwoOverPi * (x + 0.044715f * x * x * x)));
-}
-
-float Silu(float x) { return x / (1.0f + std::exp(-x)); }
-
 }  // namespace
 
 void CpuBackend::Modulation(const ModulationArgs& args) {
@@ -32,13 +25,15 @@ void CpuBackend::Modulation(const ModulationArgs& args) {
   const std::int64_t batch = args.t.dim(0);
   const bool shared_row = args.t.shape().rank() == 2;
   check.Is(args.t, shared_row ? Shape{batch, d} : Shape{batch, n, d}, DType::kF32, "t");
-  check.Is(args.out, Shape{batch, n, d}, DType::kF32, "out");
+  check.Is(args.out, Shape{n, batch, d}, DType::kF32, "out");
   const float* table = args.table.data<float>();
-  parallel_.Rows(batch * n, d, [&](std::int64_t begin, std::int64_t end) {
+  parallel_.Rows(n * batch, d, [&](std::int64_t begin, std::int64_t end) {
     for (std::int64_t r = begin; r < end; ++r) {
-      const float* t = args.t.data<float>() + (shared_row ? r / n : r) * d;
+      const std::int64_t i = r / batch;
+      const std::int64_t b = r % batch;
+      const float* t = args.t.data<float>() + (shared_row ? b : b * n + i) * d;
       float* out = args.out.data<float>() + r * d;
-      for (std::int64_t i = 0; i < d; ++i) out[i] = table[(r % n) * d + i] + t[i];
+      for (std::int64_t c = 0; c < d; ++c) out[c] = table[i * d + c] + t[c];
     }
   });
 }
@@ -50,13 +45,8 @@ void CpuBackend::Activate(Activation activation, const Tensor& x, const Tensor& 
   VisitCompute(x.dtype(), [&](auto tag) {
     using T = decltype(tag);
     parallel_.Ranges(x.NumElements(), kGrain, [&](std::int64_t begin, std::int64_t end) {
-      for (std::int64_t i = begin; i < end; ++i) {
-        const float v = ToFloat(x.data<T>()[i]);
-        const float y = activation == Activation::kGeluTanh ? GeluTanh(v)
-                        : activation == Activation::kSilu   ? Silu(v)
-                                                            : v;
-        out.data<T>()[i] = FromFloat<T>(y);
-      }
+      simd::Rows<T>(kernels_).activate(activation, x.data<T>() + begin, end - begin,
+                                       out.data<T>() + begin);
     });
   });
 }
@@ -73,10 +63,7 @@ void CpuBackend::GatedGelu(const Tensor& x, const Tensor& out) {
     parallel_.Rows(rows, 2 * f, [&](std::int64_t begin, std::int64_t end) {
       for (std::int64_t r = begin; r < end; ++r) {
         const T* row = x.data<T>() + r * 2 * f;
-        T* y = out.data<T>() + r * f;
-        for (std::int64_t i = 0; i < f; ++i) {
-          y[i] = FromFloat<T>(GeluTanh(ToFloat(row[i])) * ToFloat(row[f + i]));
-        }
+        simd::Rows<T>(kernels_).gated_gelu(row, row + f, f, out.data<T>() + r * f);
       }
     });
   });

@@ -1,6 +1,4 @@
 // Normalisations over rows, and the step before attention.
-#include <cmath>
-
 #include "kernels/cpu/check.h"
 #include "kernels/cpu/convert.h"
 #include "kernels/cpu/cpu_backend.h"
@@ -8,40 +6,12 @@
 namespace slalom {
 namespace {
 
-template <typename T>
-float SumOfSquares(const T* x, std::int64_t d) {
-  float sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (std::int64_t i = 0; i < d; ++i) sum += ToFloat(x[i]) * ToFloat(x[i]);
-  return sum;
-}
-
-template <typename T>
-void LayerNormRow(const T* x, const float* weight, const float* bias, const float* scale,
-                  const float* shift, float eps, std::int64_t d, T* out) {
-  float sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (std::int64_t i = 0; i < d; ++i) sum += ToFloat(x[i]);
-  const float mean = sum / static_cast<float>(d);
-  float squares = 0;
-#pragma omp simd reduction(+ : squares)
-  for (std::int64_t i = 0; i < d; ++i) {
-    const float centred = ToFloat(x[i]) - mean;
-    squares += centred * centred;
-  }
-  const float inverse = 1.0f / std::sqrt(squares / static_cast<float>(d) + eps);
-  for (std::int64_t i = 0; i < d; ++i) {
-    float y = (ToFloat(x[i]) - mean) * inverse;
-    if (weight != nullptr) y = y * weight[i] + bias[i];
-    if (scale != nullptr) y = y * (1.0f + scale[i]) + shift[i];
-    out[i] = FromFloat<T>(y);
-  }
-}
-
-template <typename T>
-void RmsNormRow(const T* x, const float* weight, float eps, std::int64_t d, T* out) {
-  const float inverse = 1.0f / std::sqrt(SumOfSquares(x, d) / static_cast<float>(d) + eps);
-  for (std::int64_t i = 0; i < d; ++i) out[i] = FromFloat<T>(ToFloat(x[i]) * inverse * weight[i]);
+// x has the compute type, which out names, or f32.
+void CheckNormTypes(const Check& check, const Tensor& x, const Tensor& out) {
+  check.Compute(out, "out");
+  check.Compute(x, "x");
+  check.That(x.dtype() == out.dtype() || x.dtype() == DType::kF32, "x",
+             "has neither out's type nor F32");
 }
 
 }  // namespace
@@ -49,8 +19,8 @@ void RmsNormRow(const T* x, const float* weight, float eps, std::int64_t d, T* o
 void CpuBackend::LayerNorm(const LayerNormArgs& args) {
   const Check check("LayerNorm");
   check.Rank(args.x, 3, "x");
-  check.Compute(args.x, "x");
-  check.Is(args.out, args.x.shape(), args.x.dtype(), "out");
+  CheckNormTypes(check, args.x, args.out);
+  check.That(args.out.shape() == args.x.shape(), "out", "has not x's shape");
   const std::int64_t batch = args.x.dim(0);
   const std::int64_t rows = args.x.dim(1);
   const std::int64_t d = args.x.dim(2);
@@ -68,15 +38,21 @@ void CpuBackend::LayerNorm(const LayerNormArgs& args) {
   }
   const float* weight = args.weight.defined() ? args.weight.data<float>() : nullptr;
   const float* bias = args.bias.defined() ? args.bias.data<float>() : nullptr;
-  VisitCompute(args.x.dtype(), [&](auto tag) {
+  VisitCompute(args.out.dtype(), [&](auto tag) {
     using T = decltype(tag);
+    const auto& loops = simd::Rows<T>(kernels_);
     parallel_.Rows(batch * rows, d, [&](std::int64_t begin, std::int64_t end) {
       for (std::int64_t r = begin; r < end; ++r) {
         const std::int64_t b = r / rows;
         const float* scale = args.scale.defined() ? args.scale.data<float>() + b * d : nullptr;
         const float* shift = args.shift.defined() ? args.shift.data<float>() + b * d : nullptr;
-        LayerNormRow(args.x.data<T>() + r * d, weight, bias, scale, shift, args.eps, d,
-                     args.out.data<T>() + r * d);
+        T* out = args.out.data<T>() + r * d;
+        if (args.x.dtype() == DType::kF32) {
+          loops.layer_norm_f32(args.x.data<float>() + r * d, weight, bias, scale, shift, args.eps,
+                               d, out);
+        } else {
+          loops.layer_norm(args.x.data<T>() + r * d, weight, bias, scale, shift, args.eps, d, out);
+        }
       }
     });
   });
@@ -84,18 +60,24 @@ void CpuBackend::LayerNorm(const LayerNormArgs& args) {
 
 void CpuBackend::RmsNorm(const RmsNormArgs& args) {
   const Check check("RmsNorm");
-  check.Compute(args.x, "x");
+  CheckNormTypes(check, args.x, args.out);
   check.That(args.x.shape().rank() >= 1, "x", "has no dimension");
   const std::int64_t d = args.x.dim(-1);
   check.Is(args.weight, Shape{d}, DType::kF32, "weight");
-  check.Holds(args.out, args.x.NumElements(), args.x.dtype(), "out");
+  check.Holds(args.out, args.x.NumElements(), args.out.dtype(), "out");
   const std::int64_t rows = d == 0 ? 0 : args.x.NumElements() / d;
-  VisitCompute(args.x.dtype(), [&](auto tag) {
+  VisitCompute(args.out.dtype(), [&](auto tag) {
     using T = decltype(tag);
+    const auto& loops = simd::Rows<T>(kernels_);
+    const float* weight = args.weight.data<float>();
     parallel_.Rows(rows, d, [&](std::int64_t begin, std::int64_t end) {
       for (std::int64_t r = begin; r < end; ++r) {
-        RmsNormRow(args.x.data<T>() + r * d, args.weight.data<float>(), args.eps, d,
-                   args.out.data<T>() + r * d);
+        T* out = args.out.data<T>() + r * d;
+        if (args.x.dtype() == DType::kF32) {
+          loops.rms_norm_f32(args.x.data<float>() + r * d, weight, args.eps, d, out);
+        } else {
+          loops.rms_norm(args.x.data<T>() + r * d, weight, args.eps, d, out);
+        }
       }
     });
   });
@@ -120,35 +102,18 @@ void CpuBackend::QkNormRope(const QkNormRopeArgs& args) {
     check.Is(args.cos, Shape{length, head_size / 2}, DType::kF32, "cos");
     check.Is(args.sin, Shape{length, head_size / 2}, DType::kF32, "sin");
   }
+  const float* weight = args.weight.defined() ? args.weight.data<float>() : nullptr;
   VisitCompute(args.x.dtype(), [&](auto tag) {
     using T = decltype(tag);
+    const auto& loops = simd::Rows<T>(kernels_);
     parallel_.Rows(batch * length, width, [&](std::int64_t begin, std::int64_t end) {
       for (std::int64_t r = begin; r < end; ++r) {
-        const T* x = args.x.data<T>() + r * width;
-        T* out = args.out.data<T>() + r * width;
-        float inverse = 1.0f;
-        if (args.weight.defined()) {
-          inverse = 1.0f / std::sqrt(SumOfSquares(x, width) / static_cast<float>(width) + args.eps);
-        }
-        const auto value = [&](std::int64_t i) {
-          float y = ToFloat(x[i]) * inverse;
-          if (args.weight.defined()) y *= args.weight.data<float>()[i];
-          return args.relu_before_rotation && y < 0.0f ? 0.0f : y;
-        };
-        if (!args.cos.defined()) {
-          for (std::int64_t i = 0; i < width; ++i) out[i] = FromFloat<T>(value(i));
-          continue;
-        }
-        const std::int64_t pairs = head_size / 2;
-        const float* cos = args.cos.data<float>() + (r % length) * pairs;
-        const float* sin = args.sin.data<float>() + (r % length) * pairs;
-        for (std::int64_t i = 0; i < width; i += 2) {
-          const std::int64_t p = (i % head_size) / 2;
-          const float even = value(i);
-          const float odd = value(i + 1);
-          out[i] = FromFloat<T>(even * cos[p] - odd * sin[p]);
-          out[i + 1] = FromFloat<T>(even * sin[p] + odd * cos[p]);
-        }
+        const std::int64_t angle = r % length * (head_size / 2);
+        const float* cos = args.cos.defined() ? args.cos.data<float>() + angle : nullptr;
+        const float* sin = args.sin.defined() ? args.sin.data<float>() + angle : nullptr;
+        loops.qk_norm_rope(args.x.data<T>() + r * width, weight, args.eps, cos, sin,
+                           args.relu_before_rotation, heads, head_size,
+                           args.out.data<T>() + r * width);
       }
     });
   });
@@ -162,22 +127,12 @@ void CpuBackend::ChannelNorm(const ChannelNormArgs& args) {
   check.Is(args.gamma, Shape{channels}, DType::kF32, "gamma");
   check.Is(args.out, args.x.shape(), args.x.dtype(), "out");
   const std::int64_t rows = channels == 0 ? 0 : args.x.NumElements() / channels;
-  const float root = std::sqrt(static_cast<float>(channels));
-  const float* gamma = args.gamma.data<float>();
   VisitCompute(args.x.dtype(), [&](auto tag) {
     using T = decltype(tag);
+    const auto& loops = simd::Rows<T>(kernels_);
     parallel_.Rows(rows, channels, [&](std::int64_t begin, std::int64_t end) {
-      for (std::int64_t r = begin; r < end; ++r) {
-        const T* x = args.x.data<T>() + r * channels;
-        T* out = args.out.data<T>() + r * channels;
-        const float norm = std::sqrt(SumOfSquares(x, channels));
-        const float factor = root / std::max(norm, 1e-12f);
-        for (std::int64_t i = 0; i < channels; ++i) {
-          float y = ToFloat(x[i]) * factor * gamma[i];
-          if (args.silu) y = y / (1.0f + std::exp(-y));
-          out[i] = FromFloat<T>(y);
-        }
-      }
+      loops.channel_norm(args.x.data<T>() + begin * channels, args.gamma.data<float>(), args.silu,
+                         end - begin, channels, args.out.data<T>() + begin * channels);
     });
   });
 }

@@ -137,8 +137,7 @@ OneDnn::State::Convolution OneDnn::State::BuildConvolution(const ConvolutionCall
   return plan;
 }
 
-OneDnn::OneDnn(int threads, bool native_bf16)
-    : threads_(threads), native_bf16_(native_bf16), state_(std::make_unique<State>()) {}
+OneDnn::OneDnn(int threads) : threads_(threads), state_(std::make_unique<State>()) {}
 
 OneDnn::~OneDnn() = default;
 

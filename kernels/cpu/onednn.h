@@ -46,21 +46,18 @@ struct ConvolutionCall {
 
 class OneDnn {
  public:
-  // `native_bf16`: this processor runs oneDNN's bf16 primitives.
-  OneDnn(int threads, bool native_bf16);
+  explicit OneDnn(int threads);
   ~OneDnn();
   OneDnn(const OneDnn&) = delete;
   OneDnn& operator=(const OneDnn&) = delete;
 
-  bool native_bf16() const { return native_bf16_; }
-  // With type bf16 only where native_bf16().
+  // Type bf16 needs AVX-512.
   void Matmul(const MatmulCall& call);
   void Convolution(const ConvolutionCall& call);
 
  private:
   struct State;
   int threads_;
-  bool native_bf16_;
   std::unique_ptr<State> state_;
 };
 
