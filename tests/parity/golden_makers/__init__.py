@@ -1,0 +1,1 @@
+"""Makes the golden tensors of the parity tests from the official implementations."""

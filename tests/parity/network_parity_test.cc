@@ -1,0 +1,59 @@
+// Every network against its golden cases, in f32 and, where the reference has such a run, in bf16.
+#include <gtest/gtest.h>
+
+#include <memory>
+#include <string>
+
+#include "tests/parity/golden.h"
+#include "tests/parity/run_network.h"
+
+namespace slalom {
+namespace {
+
+class NetworkParity : public testing::TestWithParam<GoldenCase> {};
+
+TEST_P(NetworkParity, F32) {
+  const std::unique_ptr<Backend> backend = BackendOrSkip(GetParam().device);
+  if (backend) ExpectF32Parity(*backend, Golden(GetParam()));
+}
+
+class Bf16Parity : public testing::TestWithParam<GoldenCase> {};
+
+TEST_P(Bf16Parity, ErrorRule) {
+  const std::unique_ptr<Backend> backend = BackendOrSkip(GetParam().device);
+  if (backend) ExpectBf16ErrorRule(*backend, Golden(GetParam()));
+}
+
+class VideoDecoderParity : public testing::TestWithParam<GoldenCase> {};
+
+// NetworkParity streams, frame by frame; this decodes all frames in one piece.
+TEST_P(VideoDecoderParity, Whole) {
+  const std::unique_ptr<Backend> backend = BackendOrSkip(GetParam().device);
+  if (!backend) return;
+  const Golden golden(GetParam());
+  NetworkOptions options = golden.options();
+  options.whole = true;
+  const TensorMap whole = RunNetwork(*backend, options, golden.inputs());
+  EXPECT_LE(MaxRelativeError(whole.at("sample"), golden.outputs().at("sample")), kF32Tolerance);
+}
+
+std::string ParamName(const testing::TestParamInfo<GoldenCase>& info) {
+  return TestName(info.param);
+}
+
+const std::vector<std::string> kNets = {"tokenizer", "text_encoder", "transformer", "vae_decoder",
+                                        "sampler",   "sla",          "salad"};
+
+INSTANTIATE_TEST_SUITE_P(Golden, NetworkParity, testing::ValuesIn(GoldenCases(kNets)), ParamName);
+INSTANTIATE_TEST_SUITE_P(Golden, Bf16Parity,
+                         testing::ValuesIn(GoldenCases(kNets, /*with_bf16=*/true)), ParamName);
+INSTANTIATE_TEST_SUITE_P(Golden, VideoDecoderParity,
+                         testing::ValuesIn(GoldenCases({"vae_decoder"})), ParamName);
+
+// A folder without cases must not pass for one where all is well.
+TEST(Goldens, EveryNetHasCases) {
+  for (const std::string& net : kNets) EXPECT_FALSE(GoldenCases({net}).empty()) << net;
+}
+
+}  // namespace
+}  // namespace slalom
