@@ -1,0 +1,100 @@
+"""Clips by the thousand: worker processes draw scenes and poses, the GPU renders them."""
+
+from __future__ import annotations
+
+import multiprocessing as mp
+import random
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from motion import pack
+from render import render
+from scenes import Scene, caption, draw_scene, training_caption
+from tokenizer import Tokenizer
+
+CAPTIONS_PER_CLIP = 4
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one worker packs: `count` clips of `frames` frames drawn with `seed`."""
+
+    seed: int
+    count: int
+    frames: int
+    held_out: bool
+    vocabulary: Path
+
+
+@dataclass
+class Packed:
+    """Clips before rendering.  ids [n, CAPTIONS_PER_CLIP, MAX_TOKENS] int64."""
+
+    scenes: list[Scene]
+    captions: list[str]
+    ids: Tensor
+    static: Tensor
+    poses: Tensor
+
+
+def pack_plan(plan: Plan) -> Packed:
+    torch.set_num_threads(1)
+    rng = random.Random(plan.seed)
+    tokenizer = Tokenizer(plan.vocabulary)
+    scenes = [draw_scene(rng, plan.held_out) for _ in range(plan.count)]
+    ids = [[tokenizer.encode(training_caption(s, rng)) for _ in range(CAPTIONS_PER_CLIP)] for s in scenes]
+    captions = [caption(s, rng) for s in scenes]
+    static, poses = pack(scenes, plan.frames, rng)
+    return Packed(scenes, captions, torch.tensor(ids), static, poses)
+
+
+class ClipSource:
+    """Packs ahead in worker processes.  Use as a context manager."""
+
+    def __init__(self, vocabulary: Path, workers: int = 8):
+        self.vocabulary = vocabulary
+        self.pool = ProcessPoolExecutor(workers, mp.get_context("spawn")) if workers else None
+
+    def __enter__(self) -> ClipSource:
+        return self
+
+    def __exit__(self, *unused: object) -> None:
+        if self.pool:
+            self.pool.shutdown(cancel_futures=True)
+
+    def stream(self, seed: int, total: int, frames: int, held_out: bool = False, batch: int = 64) -> Iterator[Packed]:
+        """`total` clips in batches; batch i depends on (seed, i) alone."""
+        plans = [Plan(seed * 100_003 + i, min(batch, total - i * batch), frames, held_out, self.vocabulary)
+                 for i in range(-(-total // batch))]
+        yield from (self.pool.map(pack_plan, plans) if self.pool else map(pack_plan, plans))
+
+
+def rendered(packed: Packed, size: int, device: torch.device) -> Tensor:
+    """uint8 [n, F, 3, size, size]."""
+    return render(packed.static.to(device), packed.poses.to(device), size, size)
+
+
+def to_model(clips: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """uint8 [n, F, 3, H, W] -> [n, 3, F, H, W] in [-1, 1]."""
+    return clips.to(dtype).transpose(1, 2) / 127.5 - 1.0
+
+
+def to_bytes(clips: Tensor) -> Tensor:
+    """The way back: uint8 [n, F, 3, H, W]."""
+    return ((clips.float().clamp(-1, 1) + 1.0) * 127.5).to(torch.uint8).transpose(1, 2)
+
+
+def save_sheet(rows: list[Tensor], path: Path, columns: int = 6, side: int = 160) -> None:
+    """Writes a contact sheet: one row per clip (uint8 [F, 3, H, W]), `columns` frames spread over it."""
+    from PIL import Image
+    lines = []
+    for clip in rows:
+        picks = torch.linspace(0, clip.shape[0] - 1, columns).round().long()
+        frames = torch.nn.functional.interpolate(clip[picks].float().cpu(), size=(side, side), mode="area")
+        lines.append(torch.cat(list(frames.permute(0, 2, 3, 1)), 1))
+    Image.fromarray(torch.cat(lines, 0).round().to(torch.uint8).numpy()).save(path)
