@@ -1,0 +1,65 @@
+// What slalomd is told: flags and configuration file. The only place of the server that reads
+// either.
+#pragma once
+
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "kernels/core/device.h"
+
+namespace slalom {
+
+struct HostPort {
+  std::string host;
+  int port = 0;  // 0: any free one
+
+  std::string ToString() const;  // "127.0.0.1:8500", "[::1]:8500"
+};
+
+// Parses "HOST:PORT" or "[IPV6]:PORT". Throws Error(kInvalidArgument) that names `field`.
+HostPort ParseHostPort(const std::string& field, const std::string& text);
+
+struct TenantOptions {
+  std::string name;
+  std::string token;
+  int max_jobs = 0;  // live jobs at a time; 0: no limit of its own
+};
+
+struct ServerConfig {
+  std::vector<std::string> models;  // folders; empty: the shipped demo model
+  HostPort listen{"127.0.0.1", 8500};
+  HostPort http_listen{"127.0.0.1", 9500};
+  std::vector<Device> devices;  // empty: auto, every CUDA device there is, else the CPU
+  std::string dtype = "auto";   // auto | f32 | bf16
+  int cpu_threads = 0;          // of a CPU device; 0: one per core
+  int max_batch = 0;            // clips per denoising step; 0: what the device takes
+  std::string state_dir;        // where videos are kept for ResumeVideo; empty: a temporary file
+  int max_queue = 64;           // jobs that wait
+  double drain_seconds = 300;   // how long running jobs may finish after SIGTERM
+  double stall_seconds = 120;   // an encoder that takes no frames for so long loses its job
+  double job_retention_seconds = 3600;  // how long an ended job and its video are kept
+  int max_kept_jobs = 1000;             // ended jobs kept at most
+  std::string log_level = "info";       // trace | debug | info | warn | error
+  std::vector<TenantOptions> tenants;   // only in the file; empty: everybody, without a token
+};
+
+struct CommandLine {
+  ServerConfig config;
+  // Set for --help and --version: print it and exit with 0.
+  std::optional<std::string> message;
+};
+
+// Reads the flags, and the file that --config names; a flag wins over the file. Throws
+// Error(kInvalidArgument) that names the option, its value and what is allowed; kNotFound when the
+// file is not there.
+CommandLine ReadCommandLine(int argc, const char* const* argv);
+
+// The file alone, YAML or JSON, on top of `base`. For ReadCommandLine and tests.
+ServerConfig ReadConfigFile(const std::string& path, const ServerConfig& base);
+
+// The shipped model's folder: beside an installed executable (../share/slalom/models/demo) or in
+// the source tree above a build folder. Throws Error(kNotFound).
+std::string DemoModelFolder();
+
+}  // namespace slalom

@@ -1,0 +1,137 @@
+// slalomd: reads what it is told, loads the models, serves until a signal.
+#include <spdlog/sinks/stdout_color_sinks.h>
+#include <spdlog/spdlog.h>
+
+#include <csignal>
+#include <cstdio>
+#include <ctime>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "kernels/backend.h"
+#include "kernels/core/error.h"
+#include "model/pipeline.h"
+#include "server/config.h"
+#include "server/server.h"
+
+namespace slalom {
+namespace {
+
+constexpr int kExitBadConfiguration = 2;
+
+// SIGTERM and SIGINT, blocked in every thread and taken by this one when it asks.
+class Signals {
+ public:
+  Signals() {
+    sigemptyset(&set_);
+    sigaddset(&set_, SIGTERM);
+    sigaddset(&set_, SIGINT);
+    pthread_sigmask(SIG_BLOCK, &set_, nullptr);
+    // A client that is gone and a full disk are errors of a call, not of the process.
+    std::signal(SIGPIPE, SIG_IGN);
+    std::signal(SIGXFSZ, SIG_IGN);
+  }
+
+  void Wait() const {
+    int signal = 0;
+    sigwait(&set_, &signal);
+  }
+
+  bool Arrived() const {
+    const timespec now{};
+    return sigtimedwait(&set_, nullptr, &now) > 0;
+  }
+
+ private:
+  sigset_t set_;
+};
+
+std::vector<Device> Devices(const ServerConfig& config) {
+  if (!config.devices.empty()) return config.devices;
+  std::vector<Device> devices;
+  for (int i = 0; i < CudaDeviceCount(); ++i) devices.push_back({Device::Kind::kCuda, i});
+  if (devices.empty()) devices.push_back({});
+  return devices;
+}
+
+std::vector<std::unique_ptr<Pipeline>> LoadPipelines(const ServerConfig& config) {
+  std::vector<std::string> folders = config.models;
+  if (folders.empty()) folders.push_back(DemoModelFolder());
+  std::vector<std::unique_ptr<Pipeline>> pipelines;
+  for (const std::string& folder : folders) {
+    for (const Device device : Devices(config)) {
+      PipelineOptions options;
+      options.device = device;
+      options.dtype = config.dtype;
+      options.cpu_threads = config.cpu_threads;
+      options.max_batch = config.max_batch;
+      pipelines.push_back(LoadPipeline(folder, options));
+      const Pipeline& pipeline = *pipelines.back();
+      spdlog::info("loaded {} from {} on {}: {}, {:.1f} M parameters", pipeline.info().name, folder,
+                   ToString(device), pipeline.device_description(),
+                   static_cast<double>(pipeline.info().parameters) / 1e6);
+    }
+  }
+  return pipelines;
+}
+
+int Run(const ServerConfig& config) {
+  const Signals signals;
+  Server server(config);
+  spdlog::info("listening: grpc {}, http {}", server.grpc_address().ToString(),
+               server.http_address().ToString());
+  std::vector<std::unique_ptr<Pipeline>> pipelines = LoadPipelines(config);
+  std::string models;
+  for (const auto& pipeline : pipelines) {
+    const std::string& name = pipeline->info().name;
+    if (models.find(name) == std::string::npos) models += (models.empty() ? "" : ",") + name;
+  }
+  server.Serve(std::move(pipelines));
+  std::printf("slalomd ready grpc=%s http=%s models=%s\n", server.grpc_address().ToString().c_str(),
+              server.http_address().ToString().c_str(), models.c_str());
+  std::fflush(stdout);
+
+  signals.Wait();
+  spdlog::info("draining: finishing what runs, at most {} s; a second signal ends it now",
+               config.drain_seconds);
+  bool again = false;
+  const bool clean = server.Drain([&] { return again = again || signals.Arrived(); });
+  spdlog::info(clean ? "drained" : "stopped with jobs unfinished");
+  return clean ? 0 : 1;
+}
+
+// A wrong folder is a matter of configuration, a damaged file is not.
+int ExitCode(const Error& error) {
+  return error.code() == ErrorCode::kNotFound ? kExitBadConfiguration : 1;
+}
+
+}  // namespace
+}  // namespace slalom
+
+int main(int argc, char** argv) {
+  using namespace slalom;
+  // The log goes to standard error; standard output has the ready line.
+  spdlog::set_default_logger(spdlog::stderr_color_mt("slalomd"));
+  CommandLine command_line;
+  try {
+    command_line = ReadCommandLine(argc, argv);
+  } catch (const Error& error) {
+    std::fprintf(stderr, "slalomd: %s\n", error.what());
+    return kExitBadConfiguration;
+  }
+  if (command_line.message) {
+    std::fputs(command_line.message->c_str(), stdout);
+    return 0;
+  }
+  spdlog::set_level(spdlog::level::from_str(command_line.config.log_level));
+  try {
+    return Run(command_line.config);
+  } catch (const Error& error) {
+    std::fprintf(stderr, "slalomd: %s: %s\n", ErrorCodeName(error.code()), error.what());
+    return ExitCode(error);
+  } catch (const std::exception& error) {
+    std::fprintf(stderr, "slalomd: %s\n", error.what());
+    return 1;
+  }
+}

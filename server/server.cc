@@ -1,0 +1,170 @@
+#include "server/server.h"
+
+#include <grpcpp/ext/proto_server_reflection_plugin.h>
+#include <grpcpp/grpcpp.h>
+#include <grpcpp/health_check_service_interface.h>
+#include <spdlog/spdlog.h>
+
+#include <atomic>
+#include <mutex>
+#include <thread>
+#include <utility>
+
+#include "kernels/core/error.h"
+#include "scheduler/scheduler.h"
+#include "server/http.h"
+#include "server/metrics.h"
+#include "server/service.h"
+
+namespace slalom {
+namespace {
+
+// A request is a prompt and some numbers.
+constexpr int kMaxRequestBytes = 1 << 20;
+// How long clients may read on after the last job is done.
+constexpr auto kFlushTime = std::chrono::seconds(5);
+constexpr auto kPollTime = std::chrono::milliseconds(100);
+// A dead client is noticed within this, even where nothing resets its connection.
+constexpr int kKeepaliveMs = 20'000;
+constexpr int kKeepaliveTimeoutMs = 10'000;
+
+ServiceOptions MakeServiceOptions(const ServerConfig& config) {
+  ServiceOptions options;
+  options.tenants = config.tenants;
+  options.state_dir = config.state_dir;
+  options.job_retention_seconds = config.job_retention_seconds;
+  options.max_kept_jobs = config.max_kept_jobs;
+  options.max_queue = config.max_queue;
+  return options;
+}
+
+}  // namespace
+
+class Server::Impl {
+ public:
+  explicit Impl(const ServerConfig& config)
+      : config_(config), service_(MakeServiceOptions(config), &metrics_) {
+    StartGrpc();
+    http_ = std::make_unique<HttpServer>(
+        config_.http_listen,
+        HttpHandlers{[this] { return MetricsText(); }, [this] { return NotReady(); }});
+  }
+
+  ~Impl() {
+    Drain([] { return true; });
+    http_.reset();
+    grpc_->Shutdown(std::chrono::system_clock::now());
+  }
+
+  HostPort grpc_address() const { return {config_.listen.host, grpc_port_}; }
+  HostPort http_address() const { return {config_.http_listen.host, http_->port()}; }
+
+  void Serve(std::vector<std::unique_ptr<Pipeline>> pipelines) {
+    SchedulerOptions options;
+    options.max_queue = config_.max_queue;
+    options.stall_seconds = config_.stall_seconds;
+    if (config_.max_batch > 0) options.limits.max_batch = config_.max_batch;
+    options.on_step = [this](const StepObservation& step) { metrics_.ObserveStep(step); };
+    auto scheduler = std::make_unique<Scheduler>(std::move(pipelines), std::move(options));
+    {
+      std::lock_guard lock(mutex_);
+      scheduler_ = std::move(scheduler);
+    }
+    service_.Serve(scheduler_.get());
+    SetServing(true);
+  }
+
+  bool Drain(const std::function<bool()>& hurry) {
+    if (drained_.exchange(true)) return true;
+    SetServing(false);
+    const auto deadline =
+        SchedulerClock::now() + std::chrono::duration_cast<SchedulerClock::duration>(
+                                    std::chrono::duration<double>(config_.drain_seconds));
+    bool clean = true;
+    if (scheduler_) {
+      scheduler_->StopAccepting();
+      while (SchedulerClock::now() < deadline && !hurry() && Busy()) {
+        std::this_thread::sleep_for(kPollTime);
+      }
+      clean = scheduler_->Drain(SchedulerClock::now());
+    }
+    service_.Settle(SchedulerClock::now() + kFlushTime);
+    grpc_->Shutdown(std::chrono::system_clock::now() +
+                    (hurry() ? decltype(kFlushTime)::zero() : kFlushTime));
+    return clean;
+  }
+
+ private:
+  void StartGrpc() {
+    grpc::EnableDefaultHealthCheckService(true);
+    grpc::reflection::InitProtoReflectionServerBuilderPlugin();
+    grpc::ServerBuilder builder;
+    // Two servers on one port would each get half of the calls.
+    builder.AddChannelArgument(GRPC_ARG_ALLOW_REUSEPORT, 0);
+    builder.AddChannelArgument(GRPC_ARG_KEEPALIVE_TIME_MS, kKeepaliveMs);
+    builder.AddChannelArgument(GRPC_ARG_KEEPALIVE_TIMEOUT_MS, kKeepaliveTimeoutMs);
+    builder.SetMaxReceiveMessageSize(kMaxRequestBytes);
+    builder.AddListeningPort(config_.listen.ToString(), grpc::InsecureServerCredentials(),
+                             &grpc_port_);
+    builder.RegisterService(service_.grpc_service());
+    grpc_ = builder.BuildAndStart();
+    if (!grpc_ || grpc_port_ == 0) {
+      throw Error(ErrorCode::kUnavailable, "listen: cannot bind " + config_.listen.ToString() +
+                                               "; is another server running there?");
+    }
+    SetServing(false);
+  }
+
+  void SetServing(bool serving) {
+    grpc::HealthCheckServiceInterface* health = grpc_->GetHealthCheckService();
+    if (health == nullptr) return;
+    health->SetServingStatus("", serving);
+    health->SetServingStatus("slalom.v1.VideoGeneration", serving);
+  }
+
+  bool Busy() const {
+    const SchedulerStats stats = scheduler_->Stats();
+    int jobs = stats.in_flight;
+    for (const int queued : stats.queued) jobs += queued;
+    return jobs > 0;
+  }
+
+  std::string NotReady() const {
+    std::lock_guard lock(mutex_);
+    if (drained_) return "draining";
+    if (!scheduler_) return "warming up";
+    if (!scheduler_->accepting()) return "draining";
+    if (!scheduler_->healthy()) return "a device is lost";
+    return "";
+  }
+
+  std::string MetricsText() {
+    std::lock_guard lock(mutex_);
+    if (!scheduler_) return metrics_.Text(nullptr);
+    const SchedulerStats stats = scheduler_->Stats();
+    return metrics_.Text(&stats);
+  }
+
+  const ServerConfig config_;
+  Metrics metrics_;
+  mutable std::mutex mutex_;  // scheduler_ itself, which appears while HTTP is being served
+  // The service's jobs hold the encoders that the scheduler's jobs write to, and its handlers call
+  // the scheduler: gRPC goes first, then the scheduler, then the service.
+  VideoService service_;
+  std::unique_ptr<Scheduler> scheduler_;
+  std::unique_ptr<grpc::Server> grpc_;
+  std::unique_ptr<HttpServer> http_;
+  int grpc_port_ = 0;
+  std::atomic<bool> drained_ = false;
+};
+
+Server::Server(const ServerConfig& config) : impl_(std::make_unique<Impl>(config)) {}
+Server::~Server() = default;
+HostPort Server::grpc_address() const { return impl_->grpc_address(); }
+HostPort Server::http_address() const { return impl_->http_address(); }
+void Server::Serve(std::vector<std::unique_ptr<Pipeline>> pipelines) {
+  impl_->Serve(std::move(pipelines));
+}
+bool Server::Drain(const std::function<bool()>& hurry) { return impl_->Drain(hurry); }
+
+}  // namespace slalom
