@@ -40,11 +40,21 @@ std::vector<std::string> FakeJournal::lines() const {
   return lines_;
 }
 
-std::size_t FakeJournal::CountStartingWith(const std::string& prefix) const {
-  const std::lock_guard lock(mutex_);
+std::size_t FakeJournal::CountLocked(const std::string& prefix) const {
   return static_cast<std::size_t>(
       std::count_if(lines_.begin(), lines_.end(),
                     [&](const std::string& line) { return line.starts_with(prefix); }));
+}
+
+std::size_t FakeJournal::CountStartingWith(const std::string& prefix) const {
+  const std::lock_guard lock(mutex_);
+  return CountLocked(prefix);
+}
+
+void FakeJournal::HoldAt(const std::string& prefix, std::size_t count) {
+  const std::lock_guard lock(mutex_);
+  hold_prefix_ = prefix;
+  hold_count_ = count;
 }
 
 void FakeJournal::Hold() {
@@ -60,11 +70,8 @@ void FakeJournal::Release() {
 
 bool FakeJournal::WaitFor(const std::string& prefix, std::size_t count) const {
   std::unique_lock lock(mutex_);
-  return changed_.wait_for(lock, std::chrono::seconds(10), [&] {
-    return static_cast<std::size_t>(std::count_if(
-               lines_.begin(), lines_.end(),
-               [&](const std::string& line) { return line.starts_with(prefix); })) >= count;
-  });
+  return changed_.wait_for(lock, std::chrono::seconds(10),
+                           [&] { return CountLocked(prefix) >= count; });
 }
 
 int FakeJournal::live_generations() const {
@@ -80,6 +87,10 @@ int FakeJournal::thread_violations() const {
 void FakeJournal::Write(const std::string& line) {
   std::unique_lock lock(mutex_);
   lines_.push_back(line);
+  if (hold_count_ > 0 && CountLocked(hold_prefix_) >= hold_count_) {
+    held_ = true;
+    hold_count_ = 0;
+  }
   changed_.notify_all();
   changed_.wait(lock, [&] { return !held_; });
 }

@@ -24,6 +24,8 @@ class FakeJournal {
 
   // While held, calls of the pipeline stop after they have written their line.
   void Hold();
+  // Holds from the moment when so many lines have begun with the prefix.
+  void HoldAt(const std::string& prefix, std::size_t count);
   void Release();
   // Waits until so many lines start with the prefix. False after ten seconds.
   bool WaitFor(const std::string& prefix, std::size_t count = 1) const;
@@ -36,11 +38,14 @@ class FakeJournal {
   friend class FakePipeline;
   friend class FakeGeneration;
   void Write(const std::string& line);  // then waits while held
+  std::size_t CountLocked(const std::string& prefix) const;
 
   mutable std::mutex mutex_;
   mutable std::condition_variable changed_;
   std::vector<std::string> lines_;
   bool held_ = false;
+  std::string hold_prefix_;
+  std::size_t hold_count_ = 0;  // 0: no such order
   int live_generations_ = 0;
   int thread_violations_ = 0;
 };
