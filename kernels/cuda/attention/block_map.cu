@@ -1,0 +1,397 @@
+// Block maps: pooled scores or windows, classes, lists of critical blocks, and what is counted.
+#include <algorithm>
+
+#include "kernels/cuda/check.h"
+#include "kernels/cuda/gemm.h"
+#include "kernels/cuda/ops.h"
+#include "kernels/cuda/reduce.cuh"
+#include "kernels/cuda/vector.cuh"
+
+namespace slalom::cuda {
+namespace {
+
+constexpr int kWarps = 4;
+constexpr auto kCriticalByte = static_cast<std::uint8_t>(BlockClass::kCritical);
+constexpr auto kMarginalByte = static_cast<std::uint8_t>(BlockClass::kMarginal);
+constexpr auto kNegligibleByte = static_cast<std::uint8_t>(BlockClass::kNegligible);
+
+std::int64_t Blocks(std::int64_t length, std::int64_t block) {
+  return (length + block - 1) / block;
+}
+
+// x [B, L, width] -> means [B, N, width]: one block of threads per block of rows.
+template <typename T, int kWidth>
+__global__ void __launch_bounds__(256)
+    PoolKernel(const T* x, std::int64_t length, int width, int block, float* means) {
+  const std::int64_t first = static_cast<std::int64_t>(blockIdx.x) * block;
+  const std::int64_t end = min(first + block, length);
+  const std::int64_t sample = blockIdx.y;
+  for (int column = threadIdx.x * kWidth; column < width; column += blockDim.x * kWidth) {
+    float sum[kWidth] = {};
+    for (std::int64_t row = first; row < end; ++row) {
+      float v[kWidth];
+      LoadFloats<kWidth>(x + (sample * length + row) * width + column, v);
+#pragma unroll
+      for (int j = 0; j < kWidth; ++j) sum[j] += v[j];
+    }
+#pragma unroll
+    for (int j = 0; j < kWidth; ++j) sum[j] /= static_cast<float>(end - first);
+    StoreFloats<kWidth>(means + (sample * gridDim.x + blockIdx.x) * width + column, sum);
+  }
+}
+
+// An unsigned number that orders as the scores do; NaN counts as -infinity, -0 as 0.
+__device__ inline std::uint32_t SortKey(float score) {
+  const float value = isnan(score) ? -INFINITY : score + 0.0f;
+  const std::uint32_t bits = __float_as_uint(value);
+  return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+}
+
+// The first `wanted` of a warp's row in the order (score descending, index ascending): those whose
+// key is above `key`, and the first `ties` of those that have it.
+struct Selection {
+  std::uint32_t key;
+  int ties;
+};
+
+__device__ inline int CountAtLeast(const float* scores, int count, std::uint32_t key) {
+  int found = 0;
+  for (int j = threadIdx.x % 32; j < count; j += 32) found += SortKey(scores[j]) >= key;
+  return __reduce_add_sync(kFullWarp, found);
+}
+
+__device__ inline Selection SelectFirst(const float* scores, int count, int wanted) {
+  // The largest key that at least `wanted` scores reach, bit by bit.
+  std::uint32_t key = 0;
+  for (int bit = 31; bit >= 0; --bit) {
+    const std::uint32_t candidate = key | 1u << bit;
+    if (CountAtLeast(scores, count, candidate) >= wanted) key = candidate;
+  }
+  const int above = key == 0xffffffffu ? 0 : CountAtLeast(scores, count, key + 1);
+  return {key, wanted - above};
+}
+
+// One warp per row of scores.
+__global__ void __launch_bounds__(kWarps * 32)
+    ClassifyKernel(const float* scores, std::int64_t rows, int count, int critical, int negligible,
+                   std::uint8_t* classes) {
+  const std::int64_t row = static_cast<std::int64_t>(blockIdx.x) * kWarps + threadIdx.x / 32;
+  if (row >= rows) return;
+  const int lane = threadIdx.x % 32;
+  const unsigned before = (1u << lane) - 1;
+  scores += row * count;
+  classes += row * count;
+  const Selection best = SelectFirst(scores, count, critical);
+  const Selection kept = SelectFirst(scores, count, count - negligible);
+  int best_ties = 0;
+  int kept_ties = 0;
+  for (int first = 0; first < count; first += 32) {
+    const int j = first + lane;
+    const std::uint32_t key = j < count ? SortKey(scores[j]) : 0u;
+    const unsigned best_equal = __ballot_sync(kFullWarp, j < count && key == best.key);
+    const unsigned kept_equal = __ballot_sync(kFullWarp, j < count && key == kept.key);
+    const auto within = [&](const Selection& selection, unsigned equal, int ties) {
+      return key > selection.key ||
+             (key == selection.key && ties + __popc(equal & before) < selection.ties);
+    };
+    if (j < count) {
+      classes[j] = within(best, best_equal, best_ties)   ? kCriticalByte
+                   : within(kept, kept_equal, kept_ties) ? kMarginalByte
+                                                         : kNegligibleByte;
+    }
+    best_ties += __popc(best_equal);
+    kept_ties += __popc(kept_equal);
+  }
+}
+
+__global__ void __launch_bounds__(256)
+    WindowKernel(std::int64_t elements, std::int64_t length, int query_blocks, int key_blocks,
+                 int block_q, int block_k, int critical, std::uint8_t* classes) {
+  const std::int64_t i = static_cast<std::int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (i >= elements) return;
+  const int j = static_cast<int>(i % key_blocks);
+  const std::int64_t begin = i / key_blocks % query_blocks * block_q;
+  const std::int64_t end = min(begin + block_q, length);
+  const int centre = static_cast<int>((begin + (end - begin - 1) / 2) / block_k);
+  const int first = min(max(centre - (critical - 1) / 2, 0), key_blocks - critical);
+  classes[i] = j >= first && j < first + critical ? kCriticalByte : kMarginalByte;
+}
+
+// One warp per query block.
+__global__ void __launch_bounds__(kWarps * 32)
+    ListKernel(const std::uint8_t* classes, std::int64_t rows, int count, int capacity,
+               std::int32_t* lists, std::int32_t* counts) {
+  const std::int64_t row = static_cast<std::int64_t>(blockIdx.x) * kWarps + threadIdx.x / 32;
+  if (row >= rows) return;
+  const int lane = threadIdx.x % 32;
+  classes += row * count;
+  lists += row * capacity;
+  int found = 0;
+  for (int first = 0; first < count; first += 32) {
+    const int j = first + lane;
+    const bool critical = j < count && classes[j] == kCriticalByte;
+    const unsigned mask = __ballot_sync(kFullWarp, critical);
+    if (critical) lists[found + __popc(mask & ((1u << lane) - 1))] = j;
+    found += __popc(mask);
+  }
+  for (int j = found + lane; j < capacity; j += 32) lists[j] = 0;
+  if (lane == 0) counts[row] = found;
+}
+
+__global__ void __launch_bounds__(256) CountKernel(const std::int32_t* counts, std::int64_t rows,
+                                                   std::int64_t pairs, std::int64_t* counter) {
+  __shared__ unsigned long long total;
+  if (threadIdx.x == 0) total = 0;
+  __syncthreads();
+  unsigned long long sum = 0;
+  for (std::int64_t i = threadIdx.x; i < rows; i += blockDim.x) {
+    sum += static_cast<unsigned long long>(counts[i]);
+  }
+  atomicAdd(&total, sum);
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    counter[0] += static_cast<std::int64_t>(total);
+    counter[1] += pairs;
+  }
+}
+
+struct MassParameters {
+  TokenGrid grid;
+  bool reordered;  // the second half of the heads orders its tokens (y, x, t)
+  std::int64_t length;
+  int heads;
+  int head_size;
+  int query_blocks;
+  int key_blocks;
+  int block_q;
+  int block_k;
+  int samples;
+  float scale;
+};
+
+// The token at position n of the order (y, x, t).
+__device__ inline std::int64_t TokenAt(const TokenGrid& grid, std::int64_t n) {
+  const std::int64_t frame = n % grid.frames;
+  const std::int64_t place = n / grid.frames;  // y * width + x
+  return frame * grid.height * grid.width + place;
+}
+
+// One block of threads per sampled row: its share of the softmax on critical blocks.
+template <typename T>
+__global__ void __launch_bounds__(256) MassKernel(const MassParameters p, const T* q, const T* k,
+                                                  const std::uint8_t* classes, float* kept) {
+  extern __shared__ float query[];
+  __shared__ float shared[32];
+  const std::int64_t sampled = blockIdx.x % p.samples;
+  const std::int64_t head_index = blockIdx.x / p.samples;
+  const std::int64_t head = head_index % p.heads;
+  const std::int64_t sample = head_index / p.heads;
+  const std::int64_t position = (2 * sampled + 1) * p.length / (2 * p.samples);
+  const bool moved = p.reordered && head >= p.heads / 2;
+  const auto row_of = [&](std::int64_t n) {
+    const std::int64_t token = moved ? TokenAt(p.grid, n) : n;
+    return ((sample * p.length + token) * p.heads + head) * p.head_size;
+  };
+  for (int c = threadIdx.x; c < p.head_size; c += blockDim.x) {
+    query[c] = ToFloat(q[row_of(position) + c]);
+  }
+  __syncthreads();
+  classes += (head_index * p.query_blocks + position / p.block_q) * p.key_blocks;
+  float max = -INFINITY, sum = 0.0f, critical = 0.0f;
+  for (std::int64_t n = threadIdx.x; n < p.length; n += blockDim.x) {
+    const T* key = k + row_of(n);
+    float score = 0.0f;
+    for (int c = 0; c < p.head_size; ++c) score += query[c] * ToFloat(key[c]);
+    score *= p.scale;
+    const float largest = fmaxf(max, score);
+    const float correction = __expf(max - largest);
+    const float share = __expf(score - largest);
+    sum = sum * correction + share;
+    critical = critical * correction + (classes[n / p.block_k] == kCriticalByte ? share : 0.0f);
+    max = largest;
+  }
+  const float largest = BlockMax(max, shared);
+  const float factor = max == -INFINITY ? 0.0f : __expf(max - largest);
+  sum = BlockSum(sum * factor, shared);
+  critical = BlockSum(critical * factor, shared);
+  if (threadIdx.x == 0) kept[blockIdx.x] = critical / sum;
+}
+
+__global__ void __launch_bounds__(256) MeanKernel(const float* x, int count, float* mean) {
+  __shared__ float shared[32];
+  float sum = 0.0f;
+  for (int i = threadIdx.x; i < count; i += blockDim.x) sum += x[i];
+  sum = BlockSum(sum, shared);
+  if (threadIdx.x == 0) *mean = sum / static_cast<float>(count);
+}
+
+template <typename T>
+void RunPool(const Context& context, const Tensor& x, int block, const Tensor& means) {
+  const auto length = x.dim(1);
+  const int width = static_cast<int>(x.dim(2) * x.dim(3));
+  const dim3 grid(static_cast<unsigned>(means.dim(1)), static_cast<unsigned>(x.dim(0)));
+  if (width % 8 == 0 && reinterpret_cast<std::uintptr_t>(x.raw()) % 16 == 0) {
+    PoolKernel<T, 8>
+        <<<grid, 192, 0, context.stream>>>(x.data<T>(), length, width, block, means.data<float>());
+  } else {
+    PoolKernel<T, 1>
+        <<<grid, 192, 0, context.stream>>>(x.data<T>(), length, width, block, means.data<float>());
+  }
+  CheckLaunch("MakeBlockMap: pooling");
+}
+
+// [B, blocks, H * D] f32
+Tensor Pool(const Context& context, const Tensor& x, int block) {
+  const Tensor means =
+      context.Allocate({x.dim(0), Blocks(x.dim(1), block), x.dim(2) * x.dim(3)}, DType::kF32);
+  x.dtype() == DType::kBF16 ? RunPool<bf16>(context, x, block, means)
+                            : RunPool<float>(context, x, block, means);
+  return means;
+}
+
+// [B, H, Nq, Nk] f32: scores of pooled queries and keys.
+Tensor PooledScores(const Context& context, const BlockMapArgs& args) {
+  const std::int64_t batch = args.q.dim(0), heads = args.q.dim(2), head_size = args.q.dim(3);
+  const Tensor q = Pool(context, args.q, args.options.block_q);
+  const Tensor k = Pool(context, args.k, args.options.block_k);
+  const std::int64_t nq = q.dim(1), nk = k.dim(1), width = heads * head_size;
+  const Tensor scores = context.Allocate({batch, heads, nq, nk}, DType::kF32);
+  for (std::int64_t sample = 0; sample < batch; ++sample) {
+    GemmArgs product;
+    product.m = nq;
+    product.n = nk;
+    product.k = head_size;
+    product.in_type = DType::kF32;
+    product.out_type = DType::kF32;
+    product.a = q.data<float>() + sample * nq * width;
+    product.lda = width;
+    product.a_stride = head_size;
+    product.b = k.data<float>() + sample * nk * width;
+    product.ldb = width;
+    product.b_stride = head_size;
+    product.out = scores.data<float>() + sample * heads * nq * nk;
+    product.ldo = nk;
+    product.out_stride = nq * nk;
+    product.batch = heads;
+    context.gemm->Run(product);
+  }
+  return scores;
+}
+
+void FillLists(const Context& context, BlockMap& map, std::int64_t capacity) {
+  const Shape& shape = map.classes.shape();
+  const std::int64_t rows = shape[0] * shape[1] * shape[2];
+  map.critical = context.Allocate({shape[0], shape[1], shape[2], capacity}, DType::kI32);
+  map.counts = context.Allocate({shape[0], shape[1], shape[2]}, DType::kI32);
+  if (rows == 0) return;
+  ListKernel<<<static_cast<unsigned>((rows + kWarps - 1) / kWarps), kWarps * 32, 0,
+               context.stream>>>(map.classes.data<std::uint8_t>(), rows, static_cast<int>(shape[3]),
+                                 static_cast<int>(capacity), map.critical.data<std::int32_t>(),
+                                 map.counts.data<std::int32_t>());
+  CheckLaunch("MakeBlockMap: lists");
+}
+
+}  // namespace
+
+BlockMap MakeBlockMap(const Context& context, const BlockMapArgs& args) {
+  Require(args.q.defined() && args.q.shape().rank() == 4 && IsComputeType(args.q.dtype()) &&
+              args.q.dim(1) > 0,
+          "MakeBlockMap: q is not [B, L, H, D] of f32 or bf16 with L > 0");
+  RequireTensor(args.k, args.q.shape(), args.q.dtype(), "MakeBlockMap: k");
+  const BlockMapOptions& options = args.options;
+  Require(options.block_q > 0 && options.block_k > 0, "MakeBlockMap: options have an empty block");
+  Require(
+      options.topk > 0 && options.topk <= 1 && options.negligible >= 0 && options.negligible < 1,
+      "MakeBlockMap: topk is not in (0, 1] or negligible not in [0, 1)");
+  const std::int64_t batch = args.q.dim(0), length = args.q.dim(1), heads = args.q.dim(2);
+  const std::int64_t nq = Blocks(length, options.block_q);
+  const std::int64_t nk = Blocks(length, options.block_k);
+  const std::int64_t critical = CriticalBlocks(options.topk, nk);
+  const std::int64_t negligible = NegligibleBlocks(options.negligible, nk, critical);
+  BlockMap map;
+  map.block_q = options.block_q;
+  map.block_k = options.block_k;
+  map.classes = context.Allocate({batch, heads, nq, nk}, DType::kU8);
+  auto* classes = map.classes.data<std::uint8_t>();
+  const std::int64_t rows = batch * heads * nq;
+  if (options.kind == BlockMapKind::kWindow) {
+    Require(args.grid.size() == length, "MakeBlockMap: grid does not hold q's tokens");
+    map.grid = args.grid;
+    WindowKernel<<<static_cast<unsigned>((rows * nk + 255) / 256), 256, 0, context.stream>>>(
+        rows * nk, length, static_cast<int>(nq), static_cast<int>(nk), options.block_q,
+        options.block_k, static_cast<int>(critical), classes);
+    CheckLaunch("MakeBlockMap: windows");
+  } else {
+    const Tensor scores = PooledScores(context, args);
+    ClassifyKernel<<<static_cast<unsigned>((rows + kWarps - 1) / kWarps), kWarps * 32, 0,
+                     context.stream>>>(scores.data<float>(), rows, static_cast<int>(nk),
+                                       static_cast<int>(critical), static_cast<int>(negligible),
+                                       classes);
+    CheckLaunch("MakeBlockMap: classes");
+  }
+  FillLists(context, map, critical);
+  return map;
+}
+
+BlockMap BlockMapFromClasses(const Context& context, const Tensor& classes, int block_q,
+                             int block_k) {
+  Require(classes.defined() && classes.shape().rank() == 4 && classes.dtype() == DType::kU8,
+          "BlockMapFromClasses: classes are not [B, H, Nq, Nk] u8");
+  Require(block_q > 0 && block_k > 0, "BlockMapFromClasses: a block is empty");
+  BlockMap map;
+  map.block_q = block_q;
+  map.block_k = block_k;
+  map.classes = classes;
+  // Room for every block: the longest list is known on the device only.
+  FillLists(context, map, std::max<std::int64_t>(classes.dim(3), 1));
+  return map;
+}
+
+void CountPairs(const Context& context, const BlockMap& map, const Tensor& counter) {
+  Require(map.counts.defined(), "CountPairs: the map has no counts");
+  RequireTensor(counter, {2}, DType::kI64, "CountPairs: counter");
+  CountKernel<<<1, 256, 0, context.stream>>>(map.counts.data<std::int32_t>(),
+                                             map.counts.NumElements(), map.classes.NumElements(),
+                                             counter.data<std::int64_t>());
+  CheckLaunch("CountPairs");
+}
+
+void AttentionMassKept(const Context& context, const Tensor& q, const Tensor& k, float scale,
+                       const BlockMap& map, int rows, const Tensor& out) {
+  Require(q.defined() && q.shape().rank() == 4 && IsComputeType(q.dtype()) && q.dim(1) > 0,
+          "AttentionMassKept: q is not [B, L, H, D] of f32 or bf16 with L > 0");
+  RequireTensor(k, q.shape(), q.dtype(), "AttentionMassKept: k");
+  RequireTensor(out, {1}, DType::kF32, "AttentionMassKept: out");
+  Require(rows > 0, "AttentionMassKept: no rows are asked for");
+  const std::int64_t length = q.dim(1);
+  const auto samples = static_cast<int>(std::min<std::int64_t>(rows, length));
+  const MassParameters parameters{map.grid,
+                                  map.grid.size() > 0,
+                                  length,
+                                  static_cast<int>(q.dim(2)),
+                                  static_cast<int>(q.dim(3)),
+                                  static_cast<int>(map.classes.dim(2)),
+                                  static_cast<int>(map.classes.dim(3)),
+                                  map.block_q,
+                                  map.block_k,
+                                  samples,
+                                  scale};
+  const std::int64_t count = q.dim(0) * q.dim(2) * samples;
+  const Tensor kept = context.Allocate({count}, DType::kF32);
+  const auto blocks = static_cast<unsigned>(count);
+  const std::size_t shared_bytes = sizeof(float) * static_cast<std::size_t>(q.dim(3));
+  const auto* classes = map.classes.data<std::uint8_t>();
+  if (q.dtype() == DType::kBF16) {
+    MassKernel<<<blocks, 256, shared_bytes, context.stream>>>(
+        parameters, q.data<bf16>(), k.data<bf16>(), classes, kept.data<float>());
+  } else {
+    MassKernel<<<blocks, 256, shared_bytes, context.stream>>>(
+        parameters, q.data<float>(), k.data<float>(), classes, kept.data<float>());
+  }
+  CheckLaunch("AttentionMassKept");
+  MeanKernel<<<1, 256, 0, context.stream>>>(kept.data<float>(), static_cast<int>(count),
+                                            out.data<float>());
+  CheckLaunch("AttentionMassKept: mean");
+}
+
+}  // namespace slalom::cuda

@@ -1,0 +1,375 @@
+// Softmax attention for Hopper: one producer warp brings tiles by TMA, warpgroups of consumers
+// multiply them with wgmma. Two ways of hiding the softmax behind the products, both after
+// FlashAttention-3 (arXiv 2407.08608): inside a warpgroup the scores of the next tile are computed
+// while the probabilities of the last one are multiplied with V; and two warpgroups take turns at
+// the tensor cores ("ping-pong").
+#include "kernels/cuda/attention/key_blocks.cuh"
+#include "kernels/cuda/attention/online_softmax.cuh"
+#include "kernels/cuda/attention/problem.h"
+#include "kernels/cuda/check.h"
+#include "kernels/cuda/hopper/mbarrier.cuh"
+#include "kernels/cuda/hopper/tensor_map.h"
+#include "kernels/cuda/hopper/tma.cuh"
+#include "kernels/cuda/hopper/wgmma.cuh"
+
+namespace slalom::cuda {
+namespace {
+
+using namespace hopper;
+
+constexpr int kWarpgroup = 128;
+constexpr int kPanel = 64;         // bf16 columns in a swizzled panel: 128 bytes
+constexpr int kRowsPerGroup = 64;  // query rows of a consumer warpgroup
+constexpr int kTurnBarrier = 1;    // named barriers kTurnBarrier + warpgroup: whose turn it is
+
+// Consumers = query rows / 64. Two consumers share a block's tiles and take turns; one consumer
+// leaves room for a second block on the multiprocessor, which does the same for it.
+template <int kD, int kConsumers>
+struct Tiling {
+  static constexpr int kHeadSize = kD;
+  static constexpr int kGroups = kConsumers;
+  static constexpr int kRows = kConsumers * kRowsPerGroup;
+  static constexpr int kUnits = kConsumers == 1 ? 1 : 2;  // key blocks of 64 per tile
+  static constexpr int kKeys = kUnits * kKeyBlock;
+  static constexpr int kStages = 2;
+  static constexpr int kPanels = kD / kPanel;
+  static constexpr int kThreads = (kConsumers + 1) * kWarpgroup;
+  static constexpr int kBlocksPerSm = kConsumers == 1 ? 2 : 1;
+  // Sums to what the launch bounds leave: 65536 / threads / blocks, rounded down to 8.
+  static constexpr int kConsumerRegisters = kConsumers == 1 ? 232 : 240;
+  static constexpr int kProducerRegisters = 24;
+  static constexpr std::uint32_t kTileBytes = kKeys * kD * 2;
+};
+
+template <class Tile>
+struct alignas(1024) SharedStorage {
+  bf16 q[Tile::kGroups][Tile::kPanels][kRowsPerGroup][kPanel];
+  bf16 k[Tile::kStages][Tile::kPanels][Tile::kKeys][kPanel];
+  bf16 v[Tile::kStages][Tile::kPanels][Tile::kKeys][kPanel];
+  std::uint64_t q_full;
+  std::uint64_t k_full[Tile::kStages], k_empty[Tile::kStages];
+  std::uint64_t v_full[Tile::kStages], v_empty[Tile::kStages];
+};
+
+struct Parameters {
+  BlockList list;
+  bf16* out;
+  float* lse;
+  int heads;
+  int q_length;
+  int k_length;
+  float scale;
+};
+
+// Counts tiles as they pass through the ring of stages.
+template <int kStages>
+struct Ring {
+  int stage = 0;
+  std::uint32_t parity = 0;
+  __device__ void Next() {
+    if (++stage == kStages) {
+      stage = 0;
+      parity ^= 1;
+    }
+  }
+};
+
+// Tiles are taken from the last to the first, so that the only tile with missing keys comes first
+// and the loop over the others has no mask.
+template <class Tile>
+__device__ int TileCount(const KeyBlocks& keys) {
+  return (keys.count + Tile::kUnits - 1) / Tile::kUnits;
+}
+
+template <class Tile>
+__device__ void CopyTile(const CUtensorMap* map, std::uint64_t* full,
+                         bf16 (&to)[Tile::kPanels][Tile::kKeys][kPanel],
+                         const int (&starts)[Tile::kUnits], int head, int sample) {
+  BarrierExpect(full, Tile::kTileBytes);
+#pragma unroll
+  for (int unit = 0; unit < Tile::kUnits; ++unit) {
+#pragma unroll
+    for (int panel = 0; panel < Tile::kPanels; ++panel) {
+      CopyBox(map, full, to[panel][unit * kKeyBlock], panel * kPanel, head, starts[unit], sample);
+    }
+  }
+}
+
+template <class Tile>
+__device__ void Produce(const CUtensorMap* q_map, const CUtensorMap* k_map,
+                        const CUtensorMap* v_map, SharedStorage<Tile>& shared,
+                        const KeyBlocks& keys, int first_row, int head, int sample) {
+  BarrierExpect(&shared.q_full, Tile::kRows * Tile::kHeadSize * 2);
+  for (int group = 0; group < Tile::kGroups; ++group) {
+    for (int panel = 0; panel < Tile::kPanels; ++panel) {
+      CopyBox(q_map, &shared.q_full, shared.q[group][panel], panel * kPanel, head,
+              first_row + group * kRowsPerGroup, sample);
+    }
+  }
+  Ring<Tile::kStages> ring;
+  for (int tile = TileCount<Tile>(keys) - 1; tile >= 0; --tile, ring.Next()) {
+    int starts[Tile::kUnits];
+#pragma unroll
+    for (int unit = 0; unit < Tile::kUnits; ++unit) {
+      // A unit that is not there is filled with one that is: its probabilities are zero, and zero
+      // times whatever shared memory held before need not be zero.
+      const int i = tile * Tile::kUnits + unit;
+      starts[unit] = keys.Start(i < keys.count ? i : keys.count - 1);
+    }
+    BarrierWait(&shared.k_empty[ring.stage], ring.parity ^ 1);
+    CopyTile<Tile>(k_map, &shared.k_full[ring.stage], shared.k[ring.stage], starts, head, sample);
+    BarrierWait(&shared.v_empty[ring.stage], ring.parity ^ 1);
+    CopyTile<Tile>(v_map, &shared.v_full[ring.stage], shared.v[ring.stage], starts, head, sample);
+  }
+}
+
+// One consumer warpgroup at work on its 64 query rows.
+template <class Tile>
+struct Consumer {
+  static constexpr int kScores = Tile::kKeys / 2;  // registers per thread
+  static constexpr int kOutputs = Tile::kHeadSize / 2;
+
+  SharedStorage<Tile>& shared;
+  int group;
+  Ring<Tile::kStages> k_ring, v_ring;
+
+  // scores = Q K^T of the tile that is next in the K ring; committed, not waited for.
+  __device__ void StartScores(float (&scores)[kScores]) {
+    BarrierWait(&shared.k_full[k_ring.stage], k_ring.parity);
+    HoldRegisters(scores);
+    WgmmaFence();
+#pragma unroll
+    for (int step = 0; step < Tile::kHeadSize / 16; ++step) {
+      const int panel = step / 4;
+      const std::uint32_t column_bytes = step % 4 * 32;
+      const std::uint64_t q = SwizzledTile(SharedAddress(shared.q[group][panel]) + column_bytes, 0);
+      const std::uint64_t k =
+          SwizzledTile(SharedAddress(shared.k[k_ring.stage][panel]) + column_bytes, 0);
+      if constexpr (Tile::kKeys == 128) {
+        Wgmma64x128<false>(scores, q, k, step > 0);
+      } else {
+        Wgmma64x64<false>(scores, q, k, step > 0);
+      }
+    }
+    WgmmaCommit();
+  }
+
+  // output += P V of the tile that is next in the V ring; committed, not waited for.
+  __device__ void StartOutput(const std::uint32_t (&probabilities)[kScores / 8][4],
+                              float (&output)[kOutputs]) {
+    constexpr std::uint32_t kPanelBytes = Tile::kKeys * kPanel * 2;
+    BarrierWait(&shared.v_full[v_ring.stage], v_ring.parity);
+    HoldRegisters(output);
+    WgmmaFence();
+#pragma unroll
+    for (int step = 0; step < Tile::kKeys / 16; ++step) {
+      const std::uint64_t v =
+          SwizzledTile(SharedAddress(shared.v[v_ring.stage][0][step * 16]), kPanelBytes);
+      if constexpr (Tile::kHeadSize == 128) {
+        Wgmma64x128<true>(output, probabilities[step], v, true);
+      } else {
+        Wgmma64x64<true>(output, probabilities[step], v, true);
+      }
+    }
+    WgmmaCommit();
+  }
+
+  // Every warp says for itself that it has read a stage.
+  __device__ void ReleaseK() {
+    if (threadIdx.x % 32 == 0) BarrierArrive(&shared.k_empty[k_ring.stage]);
+    k_ring.Next();
+  }
+  __device__ void ReleaseV() {
+    if (threadIdx.x % 32 == 0) BarrierArrive(&shared.v_empty[v_ring.stage]);
+    v_ring.Next();
+  }
+
+  // Ping-pong: a warpgroup starts its products when the other has started its own.
+  __device__ void AwaitTurn() const {
+    if constexpr (Tile::kGroups == 2) NamedBarrierSync(kTurnBarrier + group, 2 * kWarpgroup);
+  }
+  __device__ void PassTurn() const {
+    if constexpr (Tile::kGroups == 2) NamedBarrierArrive(kTurnBarrier + 1 - group, 2 * kWarpgroup);
+  }
+
+  __device__ static void MaskTile(float (&scores)[kScores], const KeyBlocks& keys, int tile) {
+    const int column = 2 * (threadIdx.x % 4);
+#pragma unroll
+    for (int unit = 0; unit < Tile::kUnits; ++unit) {
+      const int valid = keys.Keys(tile * Tile::kUnits + unit);
+      if (valid == kKeyBlock) continue;
+#pragma unroll
+      for (int j = 0; j < kKeyBlock / 8; ++j) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          if (8 * j + column + i % 2 >= valid) {
+            scores[unit * (kKeyBlock / 2) + 4 * j + i] = -INFINITY;
+          }
+        }
+      }
+    }
+  }
+
+  __device__ void Run(const KeyBlocks& keys, OnlineSoftmax& softmax, float (&output)[kOutputs]) {
+    const int tiles = TileCount<Tile>(keys);
+    std::uint32_t probabilities[kScores / 8][4];
+    float correction[2];
+    BarrierWait(&shared.q_full, 0);
+    {
+      float scores[kScores];
+      AwaitTurn();
+      StartScores(scores);
+      PassTurn();
+      WgmmaWait<0>();
+      HoldRegisters(scores);
+      ReleaseK();
+      MaskTile(scores, keys, tiles - 1);
+      softmax.Update(scores, correction);
+      PackProbabilities(scores, probabilities);
+    }
+#pragma unroll 1
+    for (int tile = tiles - 2; tile >= 0; --tile) {
+      float scores[kScores];
+      AwaitTurn();
+      StartScores(scores);
+      StartOutput(probabilities, output);
+      PassTurn();
+      WgmmaWait<1>();
+      HoldRegisters(scores);
+      ReleaseK();
+      softmax.Update(scores, correction);
+      WgmmaWait<0>();
+      HoldRegisters(output);
+      ReleaseV();
+      PackProbabilities(scores, probabilities);
+      ScaleRows(output, correction);
+    }
+    AwaitTurn();
+    StartOutput(probabilities, output);
+    PassTurn();
+    WgmmaWait<0>();
+    HoldRegisters(output);
+    ReleaseV();
+    softmax.Finish();
+  }
+};
+
+template <class Tile>
+__device__ void StoreOutput(const Parameters& parameters, OnlineSoftmax& softmax,
+                            float (&output)[Tile::kHeadSize / 2], bool any_keys, int row, int head,
+                            int sample) {
+  const float factor[2] = {any_keys ? 1.0f / softmax.sum[0] : 0.0f,
+                           any_keys ? 1.0f / softmax.sum[1] : 0.0f};
+  ScaleRows(output, factor);
+  bf16* rows[2];
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const int at = row + 8 * r;
+    const bool valid = at < parameters.q_length;
+    const std::int64_t token = static_cast<std::int64_t>(sample) * parameters.q_length + at;
+    rows[r] =
+        valid ? parameters.out + (token * parameters.heads + head) * Tile::kHeadSize : nullptr;
+    if (valid && parameters.lse != nullptr && threadIdx.x % 4 == 0) {
+      const std::int64_t head_index = static_cast<std::int64_t>(sample) * parameters.heads + head;
+      parameters.lse[head_index * parameters.q_length + at] =
+          any_keys ? softmax.LogSumExp(r) : -INFINITY;
+    }
+  }
+  StoreRows(output, rows[0], rows[1]);
+}
+
+// One block per query tile; neighbouring blocks work on the same head, whose K and V then stay in
+// the L2 cache.
+template <class Tile>
+__global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerSm)
+    HopperAttentionKernel(const __grid_constant__ CUtensorMap q_map,
+                          const __grid_constant__ CUtensorMap k_map,
+                          const __grid_constant__ CUtensorMap v_map, const Parameters parameters) {
+  extern __shared__ std::byte dynamic_shared[];
+  auto& shared = *reinterpret_cast<SharedStorage<Tile>*>(
+      dynamic_shared + (1024 - SharedAddress(dynamic_shared) % 1024) % 1024);
+  const int first_row = blockIdx.x * Tile::kRows;
+  const int head = blockIdx.y;
+  const int sample = blockIdx.z;
+  const KeyBlocks keys =
+      KeyBlocksOfTile(parameters.list, parameters.k_length,
+                      static_cast<std::int64_t>(sample) * parameters.heads + head, first_row);
+
+  if (threadIdx.x == 0) {
+    BarrierInit(&shared.q_full, 1);
+    for (int stage = 0; stage < Tile::kStages; ++stage) {
+      BarrierInit(&shared.k_full[stage], 1);
+      BarrierInit(&shared.v_full[stage], 1);
+      BarrierInit(&shared.k_empty[stage], Tile::kGroups * kWarpgroup / 32);
+      BarrierInit(&shared.v_empty[stage], Tile::kGroups * kWarpgroup / 32);
+    }
+    BarrierInitFence();
+  }
+  __syncthreads();
+
+  const int warpgroup = static_cast<int>(threadIdx.x) / kWarpgroup;
+  if (warpgroup == 0) {
+    LowerRegisters<Tile::kProducerRegisters>();
+    if (threadIdx.x == 0 && keys.count > 0) {
+      Produce<Tile>(&q_map, &k_map, &v_map, shared, keys, first_row, head, sample);
+    }
+  } else {
+    RaiseRegisters<Tile::kConsumerRegisters>();
+    const int group = warpgroup - 1;
+    const int thread = static_cast<int>(threadIdx.x) % kWarpgroup;
+    OnlineSoftmax softmax(parameters.scale);
+    float output[Tile::kHeadSize / 2] = {};
+    if (keys.count > 0) {
+      Consumer<Tile> consumer{shared, group, {}, {}};
+      if (group == 1) consumer.PassTurn();  // the first turn is the other's
+      consumer.Run(keys, softmax, output);
+      if (group == 0) consumer.AwaitTurn();  // takes the last turn that was passed to it
+    }
+    const int row = first_row + group * kRowsPerGroup + thread / 32 * 16 + thread % 32 / 4;
+    StoreOutput<Tile>(parameters, softmax, output, keys.count > 0, row, head, sample);
+  }
+}
+
+CUtensorMap RowsMap(const void* data, std::int64_t length, const AttentionProblem& problem) {
+  const auto head_size = static_cast<std::uint64_t>(problem.head_size);
+  const auto heads = static_cast<std::uint64_t>(problem.heads);
+  const auto rows = static_cast<std::uint64_t>(length);
+  return MakeTensorMap(data, {head_size, heads, rows, static_cast<std::uint64_t>(problem.batch)},
+                       {head_size, heads * head_size, rows * heads * head_size},
+                       {kPanel, 1, kKeyBlock, 1});
+}
+
+template <class Tile>
+void Launch(const Context& context, const AttentionProblem& problem) {
+  constexpr std::size_t kSharedBytes = sizeof(SharedStorage<Tile>) + 1024;  // room to align
+  static_assert(kRowsPerGroup == kKeyBlock, "Q, K and V are copied in boxes of one size");
+  Check(cudaFuncSetAttribute(HopperAttentionKernel<Tile>,
+                             cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes),
+        "HopperAttention: shared memory");
+  const Parameters parameters{problem.list,
+                              static_cast<bf16*>(problem.out),
+                              problem.lse,
+                              static_cast<int>(problem.heads),
+                              static_cast<int>(problem.q_length),
+                              static_cast<int>(problem.k_length),
+                              problem.scale};
+  const dim3 grid(static_cast<unsigned>((problem.q_length + Tile::kRows - 1) / Tile::kRows),
+                  static_cast<unsigned>(problem.heads), static_cast<unsigned>(problem.batch));
+  HopperAttentionKernel<Tile><<<grid, Tile::kThreads, kSharedBytes, context.stream>>>(
+      RowsMap(problem.q, problem.q_length, problem), RowsMap(problem.k, problem.k_length, problem),
+      RowsMap(problem.v, problem.k_length, problem), parameters);
+  CheckLaunch("HopperAttention");
+}
+
+}  // namespace
+
+void HopperAttention(const Context& context, const AttentionProblem& problem) {
+  const bool narrow = problem.list.indices != nullptr && problem.list.block_q % 128 != 0;
+  if (problem.head_size == 128) {
+    narrow ? Launch<Tiling<128, 1>>(context, problem) : Launch<Tiling<128, 2>>(context, problem);
+  } else {
+    narrow ? Launch<Tiling<64, 1>>(context, problem) : Launch<Tiling<64, 2>>(context, problem);
+  }
+}
+
+}  // namespace slalom::cuda

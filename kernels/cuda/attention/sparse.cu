@@ -1,0 +1,263 @@
+// SLA and SALAD: the sparse branch over critical blocks and the linear branch, mixed.
+#include <cmath>
+
+#include "kernels/cuda/attention/linear_branch.h"
+#include "kernels/cuda/attention/problem.h"
+#include "kernels/cuda/check.h"
+#include "kernels/cuda/ops.h"
+#include "kernels/cuda/reduce.cuh"
+#include "kernels/cuda/vector.cuh"
+
+namespace slalom::cuda {
+namespace {
+
+constexpr int kThreads = 256;
+
+Feature FeatureOf(FeatureMap map) {
+  switch (map) {
+    case FeatureMap::kElu:
+      return Feature::kElu;
+    case FeatureMap::kRelu:
+      return Feature::kRelu;
+    case FeatureMap::kSoftmax:
+      break;
+  }
+  return Feature::kSoftmax;
+}
+
+void CheckMap(const BlockMap* map, const Tensor& q) {
+  Require(map != nullptr, "sparse attention: the map is missing");
+  const std::int64_t length = q.dim(1);
+  const std::int64_t nq = (length + map->block_q - 1) / map->block_q;
+  const std::int64_t nk = (length + map->block_k - 1) / map->block_k;
+  RequireTensor(map->classes, {q.dim(0), q.dim(2), nq, nk}, DType::kU8,
+                "sparse attention: map.classes");
+  Require(map->critical.defined() && map->counts.defined(),
+          "sparse attention: the map has no lists");
+}
+
+void CheckQkv(const Tensor& q, const Tensor& k, const Tensor& v) {
+  Require(q.defined() && q.shape().rank() == 4 && IsComputeType(q.dtype()),
+          "sparse attention: q is not [B, L, H, D] of f32 or bf16");
+  RequireTensor(k, q.shape(), q.dtype(), "sparse attention: k");
+  RequireTensor(v, q.shape(), q.dtype(), "sparse attention: v");
+}
+
+// softmax over the critical blocks, into out [B, L, H, D].
+void SparseBranch(const Context& context, const Tensor& q, const Tensor& k, const Tensor& v,
+                  const BlockMap& map, const Tensor& out) {
+  AttentionProblem problem;
+  problem.dtype = q.dtype();
+  problem.q = q.raw();
+  problem.k = k.raw();
+  problem.v = v.raw();
+  problem.out = out.raw();
+  problem.batch = q.dim(0);
+  problem.heads = q.dim(2);
+  problem.q_length = q.dim(1);
+  problem.k_length = q.dim(1);
+  problem.head_size = static_cast<int>(q.dim(3));
+  problem.scale = 1.0f / std::sqrt(static_cast<float>(problem.head_size));
+  problem.list.indices = map.critical.data<std::int32_t>();
+  problem.list.counts = map.counts.data<std::int32_t>();
+  problem.list.query_blocks = map.classes.dim(2);
+  problem.list.capacity = map.critical.dim(3);
+  problem.list.block_q = map.block_q;
+  problem.list.block_k = map.block_k;
+  RunAttention(context, problem);
+}
+
+// Between (t, y, x) and, for the second half of the heads, (y, x, t). One warp per token and head.
+template <typename T>
+__global__ void __launch_bounds__(kThreads)
+    ReorderKernel(const T* from, T* to, TokenGrid grid, std::int64_t rows, int heads, int head_size,
+                  bool back) {
+  const std::int64_t row =
+      static_cast<std::int64_t>(blockIdx.x) * (kThreads / 32) + threadIdx.x / 32;
+  if (row >= rows) return;
+  const int head = static_cast<int>(row % heads);
+  const std::int64_t plane = grid.height * grid.width;
+  const std::int64_t length = grid.frames * plane;
+  const std::int64_t token = row / heads;
+  const std::int64_t position = token % length;
+  std::int64_t moved = token;
+  if (head >= heads / 2) {
+    moved += position % grid.frames * plane + position / grid.frames - position;
+  }
+  const std::int64_t source = (back ? token : moved) * heads + head;
+  const std::int64_t target = (back ? moved : token) * heads + head;
+  for (int c = threadIdx.x % 32; c < head_size; c += 32) {
+    to[target * head_size + c] = from[source * head_size + c];
+  }
+}
+
+Tensor Reorder(const Context& context, const Tensor& x, const TokenGrid& grid, bool back,
+               const Tensor& out) {
+  const std::int64_t rows = x.dim(0) * x.dim(1) * x.dim(2);
+  const auto blocks = static_cast<unsigned>((rows + kThreads / 32 - 1) / (kThreads / 32));
+  const int heads = static_cast<int>(x.dim(2)), head_size = static_cast<int>(x.dim(3));
+  if (x.dtype() == DType::kBF16) {
+    ReorderKernel<<<blocks, kThreads, 0, context.stream>>>(x.data<bf16>(), out.data<bf16>(), grid,
+                                                           rows, heads, head_size, back);
+  } else {
+    ReorderKernel<<<blocks, kThreads, 0, context.stream>>>(x.data<float>(), out.data<float>(), grid,
+                                                           rows, heads, head_size, back);
+  }
+  CheckLaunch("SaladAttention: order of tokens");
+  return out;
+}
+
+// gates[row] = sigmoid(x . w + b). One block of threads per row.
+template <typename T>
+__global__ void __launch_bounds__(kThreads)
+    GateKernel(const T* x, int width, const float* weight, const float* bias, float* gates) {
+  __shared__ float shared[32];
+  const std::int64_t row = blockIdx.x;
+  float sum = 0.0f;
+  for (int c = threadIdx.x; c < width; c += kThreads) {
+    sum += ToFloat(x[row * width + c]) * weight[c];
+  }
+  sum = BlockSum(sum, shared);
+  if (threadIdx.x == 0) gates[row] = 1.0f / (1.0f + __expf(-(sum + *bias)));
+}
+
+// Every gate of a sample becomes their mean. One block of threads per sample.
+__global__ void __launch_bounds__(kThreads) MeanGateKernel(float* gates, std::int64_t length) {
+  __shared__ float shared[32];
+  gates += blockIdx.x * length;
+  float sum = 0.0f;
+  for (std::int64_t i = threadIdx.x; i < length; i += kThreads) sum += gates[i];
+  const float mean = BlockSum(sum, shared) / static_cast<float>(length);
+  for (std::int64_t i = threadIdx.x; i < length; i += kThreads) gates[i] = mean;
+}
+
+// out += gate * projected
+template <typename T>
+__global__ void __launch_bounds__(kThreads)
+    MixKernel(const T* projected, const float* gates, std::int64_t elements, int width, T* out) {
+  const std::int64_t i = static_cast<std::int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  if (i >= elements) return;
+  out[i] = FromFloat<T>(ToFloat(out[i]) + gates[i / width] * ToFloat(projected[i]));
+}
+
+template <typename T>
+void RunGateAndMix(const Context& context, const SaladArgs& args, const Tensor& projected,
+                   const Tensor& gates) {
+  const std::int64_t batch = args.q.dim(0), length = args.q.dim(1);
+  const int width = static_cast<int>(args.q.dim(2) * args.q.dim(3));
+  const std::int64_t elements = batch * length * width;
+  GateKernel<<<static_cast<unsigned>(batch * length), kThreads, 0, context.stream>>>(
+      args.x.data<T>(), width, args.gate_weight.data<float>(), args.gate_bias.data<float>(),
+      gates.data<float>());
+  CheckLaunch("SaladAttention: gates");
+  if (args.gate == SaladGate::kSample) {
+    MeanGateKernel<<<static_cast<unsigned>(batch), kThreads, 0, context.stream>>>(
+        gates.data<float>(), length);
+    CheckLaunch("SaladAttention: mean gate");
+  }
+  MixKernel<<<static_cast<unsigned>((elements + kThreads - 1) / kThreads), kThreads, 0,
+              context.stream>>>(projected.data<T>(), gates.data<float>(), elements, width,
+                                args.out.data<T>());
+  CheckLaunch("SaladAttention: mix");
+}
+
+void SaladSparseBranch(const Context& context, const SaladArgs& args) {
+  const Shape by_head = args.q.shape();
+  const Tensor out = args.out.Reshape(by_head);
+  if (args.map_kind != BlockMapKind::kWindow) {
+    SparseBranch(context, args.q, args.k, args.v, *args.map, out);
+    return;
+  }
+  Require(args.grid.size() == args.q.dim(1), "SaladAttention: grid does not hold q's tokens");
+  const auto reordered = [&](const Tensor& x) {
+    return Reorder(context, x, args.grid, false, context.Allocate(by_head, x.dtype()));
+  };
+  const Tensor result = context.Allocate(by_head, args.q.dtype());
+  SparseBranch(context, reordered(args.q), reordered(args.k), reordered(args.v), *args.map, result);
+  Reorder(context, result, args.grid, true, out);
+}
+
+void CheckSalad(const SaladArgs& args) {
+  CheckQkv(args.q, args.k, args.v);
+  CheckMap(args.map, args.q);
+  const std::int64_t batch = args.q.dim(0), length = args.q.dim(1);
+  const std::int64_t head_size = args.q.dim(3), width = args.q.dim(2) * head_size;
+  const DType type = args.q.dtype();
+  RequireTensor(args.out, {batch, length, width}, type, "SaladAttention: out");
+  if (args.gate_out.defined()) {
+    RequireTensor(args.gate_out, {batch, length}, DType::kF32, "SaladAttention: gate_out");
+  }
+  if (!args.proj_weight.defined()) return;
+  RequireTensor(args.q_normed, args.q.shape(), type, "SaladAttention: q_normed");
+  RequireTensor(args.k_normed, args.q.shape(), type, "SaladAttention: k_normed");
+  RequireTensor(args.cos, {length, head_size / 2}, DType::kF32, "SaladAttention: cos");
+  RequireTensor(args.sin, {length, head_size / 2}, DType::kF32, "SaladAttention: sin");
+  RequireTensor(args.x, {batch, length, width}, type, "SaladAttention: x");
+  RequireTensor(args.proj_weight, {width, width}, type, "SaladAttention: proj_weight");
+  RequireTensor(args.proj_bias, {width}, DType::kF32, "SaladAttention: proj_bias");
+  RequireTensor(args.gate_weight, {1, width}, DType::kF32, "SaladAttention: gate_weight");
+  RequireTensor(args.gate_bias, {1}, DType::kF32, "SaladAttention: gate_bias");
+}
+
+}  // namespace
+
+void SlaAttention(const Context& context, const SlaArgs& args) {
+  CheckQkv(args.q, args.k, args.v);
+  CheckMap(args.map, args.q);
+  RequireTensor(args.out, args.q.shape(), args.q.dtype(), "SlaAttention: out");
+  SparseBranch(context, args.q, args.k, args.v, *args.map, args.out);
+  if (!args.proj_weight.defined()) return;
+  const std::int64_t head_size = args.q.dim(3);
+  RequireTensor(args.proj_weight, {head_size, head_size}, DType::kF32, "SlaAttention: proj_weight");
+  RequireTensor(args.proj_bias, {head_size}, DType::kF32, "SlaAttention: proj_bias");
+  LinearBranchArgs linear;
+  linear.q = args.q;
+  linear.k = args.k;
+  linear.v = args.v;
+  linear.feature = FeatureOf(args.feature_map);
+  linear.scope = args.scope;
+  linear.map = args.map;
+  linear.proj_weight = args.proj_weight;
+  linear.proj_bias = args.proj_bias;
+  linear.accumulate = true;
+  linear.out = args.out;
+  LinearBranch(context, linear);
+}
+
+void SaladAttention(const Context& context, const SaladArgs& args) {
+  CheckSalad(args);
+  if (args.q.NumElements() == 0) return;
+  SaladSparseBranch(context, args);
+  const std::int64_t batch = args.q.dim(0), length = args.q.dim(1);
+  if (!args.proj_weight.defined()) {
+    if (args.gate_out.defined()) {
+      Check(cudaMemsetAsync(args.gate_out.raw(), 0, args.gate_out.NumBytes(), context.stream),
+            "SaladAttention: gate_out");
+    }
+    return;
+  }
+  const Tensor linear_out = context.Allocate(args.q.shape(), args.q.dtype());
+  LinearBranchArgs linear;
+  linear.q = args.q_normed;
+  linear.k = args.k_normed;
+  linear.v = args.v;
+  linear.feature = Feature::kRotatedRelu;
+  linear.cos = args.cos;
+  linear.sin = args.sin;
+  linear.out = linear_out;
+  LinearBranch(context, linear);
+
+  const Tensor projected = context.Allocate(args.out.shape(), args.out.dtype());
+  LinearArgs projection;
+  projection.x = linear_out.Reshape(args.out.shape());
+  projection.weight = args.proj_weight;
+  projection.bias = args.proj_bias;
+  projection.out = projected;
+  Linear(context, projection);
+  const Tensor gates =
+      args.gate_out.defined() ? args.gate_out : context.Allocate({batch, length}, DType::kF32);
+  args.q.dtype() == DType::kBF16 ? RunGateAndMix<bf16>(context, args, projected, gates)
+                                 : RunGateAndMix<float>(context, args, projected, gates);
+}
+
+}  // namespace slalom::cuda

@@ -1,0 +1,19 @@
+// TMA descriptors, made on the host.
+#pragma once
+
+#include <cuda.h>
+
+#include <array>
+#include <cstdint>
+
+namespace slalom::cuda::hopper {
+
+// A bf16 tensor of four dimensions, innermost first and dense there; boxes of it land in shared
+// memory with the 128-byte swizzle, so box[0] is 64 at most. `strides` counts elements between
+// neighbours of dimensions 1 to 3, multiples of 8; `data` is aligned to 16 bytes. Throws
+// Error(kInternal) on anything else, Error(kFailedPrecondition) when the driver has no TMA.
+CUtensorMap MakeTensorMap(const void* data, const std::array<std::uint64_t, 4>& extents,
+                          const std::array<std::uint64_t, 3>& strides,
+                          const std::array<std::uint32_t, 4>& box);
+
+}  // namespace slalom::cuda::hopper

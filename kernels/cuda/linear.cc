@@ -1,0 +1,140 @@
+// Linear layers: what the library can fuse it fuses (bias, GELU, a plain residual); a gate or SiLU
+// takes one pass of ours over the product. A row's bits must not depend on the batch, and the
+// library chooses its kernel by the number of rows: so x of rank 3 and more is multiplied one
+// leading element at a time, and few rows take a kernel of ours.
+#include "kernels/core/error.h"
+#include "kernels/cuda/check.h"
+#include "kernels/cuda/gemm.h"
+#include "kernels/cuda/ops.h"
+
+namespace slalom::cuda {
+namespace {
+
+constexpr std::int64_t kFewRows = 16;
+
+struct LinearShape {
+  std::int64_t m, n, k;
+  std::int64_t products;  // equal parts of the rows that are multiplied apart
+};
+
+LinearShape CheckLinear(const LinearArgs& args) {
+  Require(args.x.defined() && IsComputeType(args.x.dtype()) && args.x.shape().rank() >= 1,
+          "Linear: x is not [M, K] of f32 or bf16");
+  Require(args.weight.defined() && args.weight.shape().rank() == 2, "Linear: weight is not [N, K]");
+  const std::int64_t k = args.weight.dim(1);
+  const std::int64_t n = args.weight.dim(0);
+  Require(args.x.dim(-1) == k && k > 0, "Linear: x's last dimension is not weight's");
+  const std::int64_t m = args.x.NumElements() / k;
+  RequireTensor(args.weight, {n, k}, args.x.dtype(), "Linear: weight");
+  Require(args.out.defined() && !args.out.device().is_cpu() && args.out.NumElements() == m * n &&
+              args.out.dim(-1) == n &&
+              (args.out.dtype() == args.x.dtype() || args.out.dtype() == DType::kF32),
+          "Linear: out is not [M, N] of x's type or f32");
+  if (args.bias.defined()) RequireTensor(args.bias, {n}, DType::kF32, "Linear: bias");
+  Require(!args.residual.defined() ||
+              (args.residual.dtype() == args.out.dtype() && args.residual.NumElements() == m * n),
+          "Linear: residual is not [M, N] of out's type");
+  if (args.gate.defined()) {
+    Require(args.residual.defined(), "Linear: a gate needs a residual");
+    Require(args.gate.dtype() == DType::kF32 && args.gate.dim(-1) == n && args.gate.dim(0) > 0 &&
+                args.gate.NumElements() == args.gate.dim(0) * n && m % args.gate.dim(0) == 0,
+            "Linear: gate is not [B, N] f32 with M divisible by B");
+  }
+  return {m, n, k, args.x.shape().rank() >= 3 && m > 0 ? args.x.dim(0) : 1};
+}
+
+// What the library's epilogue does; the rest is left to LinearEpilogue.
+struct Fusion {
+  bool bias = false;
+  bool gelu = false;
+  bool residual = false;
+};
+
+Fusion ChooseFusion(const LinearArgs& args) {
+  Fusion fusion;
+  const bool plain = args.activation == Activation::kNone;
+  // The residual comes after the activation and inside the gate, so it fuses only without both.
+  fusion.residual = args.residual.defined() && !args.gate.defined() && plain;
+  fusion.gelu = args.activation == Activation::kGeluTanh && !args.residual.defined();
+  // When a pass of ours follows anyway, it adds the bias in f32.
+  fusion.bias = args.bias.defined() &&
+                (fusion.gelu || fusion.residual || (plain && !args.residual.defined()));
+  return fusion;
+}
+
+bool RunProduct(const Context& context, const LinearArgs& args, const LinearShape& shape,
+                const Fusion& fusion, const Tensor& out) {
+  GemmArgs gemm;
+  gemm.m = shape.m / shape.products;
+  gemm.n = shape.n;
+  gemm.k = shape.k;
+  gemm.in_type = args.x.dtype();
+  gemm.out_type = out.dtype();
+  gemm.a = args.x.raw();
+  gemm.lda = shape.k;
+  gemm.b = args.weight.raw();
+  gemm.ldb = shape.k;
+  gemm.out = out.raw();
+  gemm.ldo = shape.n;
+  if (fusion.residual) {
+    gemm.residual = args.residual.raw();
+    gemm.beta = 1.0f;
+  }
+  Tensor bias;
+  if (fusion.bias) {
+    bias = args.bias;
+    if (out.dtype() != DType::kF32) {  // the library wants the bias in out's type
+      bias = context.Allocate({shape.n}, out.dtype());
+      Convert(context, args.bias, bias);
+    }
+    gemm.bias = bias.raw();
+  }
+  gemm.epilogue = fusion.gelu
+                      ? (fusion.bias ? GemmArgs::Epilogue::kGeluBias : GemmArgs::Epilogue::kGelu)
+                      : (fusion.bias ? GemmArgs::Epilogue::kBias : GemmArgs::Epilogue::kNone);
+  const auto advance = [](std::int64_t elements, DType type) {
+    return elements * static_cast<std::int64_t>(ByteSize(type));
+  };
+  for (std::int64_t i = 0; i < shape.products; ++i) {
+    if (!context.gemm->TryRun(gemm)) return false;  // the first says so for all
+    gemm.a = static_cast<const std::byte*>(gemm.a) + advance(gemm.m * shape.k, gemm.in_type);
+    gemm.out = static_cast<std::byte*>(gemm.out) + advance(gemm.m * shape.n, gemm.out_type);
+    if (gemm.residual != nullptr) {
+      gemm.residual =
+          static_cast<const std::byte*>(gemm.residual) + advance(gemm.m * shape.n, gemm.out_type);
+    }
+  }
+  return true;
+}
+
+}  // namespace
+
+void Linear(const Context& context, const LinearArgs& args) {
+  const LinearShape shape = CheckLinear(args);
+  if (shape.m == 0 || shape.n == 0) return;
+  if (args.x.shape().rank() < 3 && shape.m <= kFewRows) return FewRowsLinear(context, args);
+  const Fusion fusion = ChooseFusion(args);
+  const bool whole = args.bias.defined() == fusion.bias &&
+                     args.residual.defined() == fusion.residual &&
+                     (args.activation != Activation::kNone) == fusion.gelu;
+  if (whole && RunProduct(context, args, shape, fusion, args.out)) return;
+
+  // The product must not overwrite the residual that our own pass still reads.
+  const bool aliased = args.residual.defined() && args.residual.raw() == args.out.raw();
+  const Tensor product = aliased ? context.Allocate(args.out.shape(), args.out.dtype()) : args.out;
+  if (!RunProduct(context, args, shape, Fusion{}, product)) {
+    throw Error(ErrorCode::kInternal, "Linear: cuBLASLt has no kernel for " +
+                                          ToString(args.x.shape()) + " x " +
+                                          ToString(args.weight.shape()));
+  }
+  EpilogueArgs epilogue;
+  epilogue.y = product;
+  epilogue.bias = args.bias;
+  epilogue.activation = args.activation;
+  epilogue.residual = args.residual;
+  epilogue.gate = args.gate;
+  epilogue.out = args.out;
+  LinearEpilogue(context, epilogue);
+}
+
+}  // namespace slalom::cuda

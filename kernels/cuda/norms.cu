@@ -1,0 +1,299 @@
+// LayerNorm with modulation, RMSNorm, the q/k norm with rotation, and the decoder's channel norm.
+#include "kernels/cuda/ops.h"
+#include "kernels/cuda/row_kernel.cuh"
+
+namespace slalom::cuda {
+namespace {
+
+template <typename In, typename Out>
+struct LayerNormOp {
+  static constexpr bool kCentred = true;
+  static constexpr int kNarrow = 1;
+  int columns;
+  std::int64_t rows_per_sample;
+  float eps;
+  const In* x;          // [B * L, columns]
+  const float* weight;  // [columns] or null
+  const float* bias;
+  const float* scale;  // [B, columns] or null
+  const float* shift;
+  Out* out;
+
+  template <int kWidth>
+  __device__ void Load(std::int64_t row, int column, float* values) const {
+    LoadFloats<kWidth>(x + row * columns + column, values);
+  }
+  __device__ float Factor(float squares) const {
+    return rsqrtf(squares / static_cast<float>(columns) + eps);
+  }
+  template <int kWidth>
+  __device__ void Store(std::int64_t row, int column, const float* values, float mean,
+                        float factor) const {
+    float y[kWidth], a[kWidth], b[kWidth];
+#pragma unroll
+    for (int j = 0; j < kWidth; ++j) y[j] = (values[j] - mean) * factor;
+    if (weight != nullptr) {
+      LoadFloats<kWidth>(weight + column, a);
+      LoadFloats<kWidth>(bias + column, b);
+#pragma unroll
+      for (int j = 0; j < kWidth; ++j) y[j] = y[j] * a[j] + b[j];
+    }
+    if (scale != nullptr) {
+      const std::int64_t sample = row / rows_per_sample;
+      LoadFloats<kWidth>(scale + sample * columns + column, a);
+      LoadFloats<kWidth>(shift + sample * columns + column, b);
+#pragma unroll
+      for (int j = 0; j < kWidth; ++j) y[j] = y[j] * (1.0f + a[j]) + b[j];
+    }
+    StoreFloats<kWidth>(out + row * columns + column, y);
+  }
+};
+
+template <typename In, typename Out>
+struct RmsNormOp {
+  static constexpr bool kCentred = false;
+  static constexpr int kNarrow = 1;
+  int columns;
+  float eps;
+  const In* x;
+  const float* weight;
+  Out* out;
+
+  template <int kWidth>
+  __device__ void Load(std::int64_t row, int column, float* values) const {
+    LoadFloats<kWidth>(x + row * columns + column, values);
+  }
+  __device__ float Factor(float squares) const {
+    return rsqrtf(squares / static_cast<float>(columns) + eps);
+  }
+  template <int kWidth>
+  __device__ void Store(std::int64_t row, int column, const float* values, float,
+                        float factor) const {
+    float y[kWidth], w[kWidth];
+    LoadFloats<kWidth>(weight + column, w);
+#pragma unroll
+    for (int j = 0; j < kWidth; ++j) y[j] = values[j] * factor * w[j];
+    StoreFloats<kWidth>(out + row * columns + column, y);
+  }
+};
+
+template <typename T>
+struct QkNormRopeOp {
+  static constexpr bool kCentred = false;
+  static constexpr int kNarrow = 2;  // a rotation needs both of its channels
+  int columns;
+  int head_size;
+  std::int64_t length;
+  float eps;
+  bool relu;
+  const T* x;           // [B * L, H * D]
+  const float* weight;  // [H * D] or null: then rows are not normalised
+  const float* cos;     // [L, D / 2] or null
+  const float* sin;
+  T* out;
+
+  template <int kWidth>
+  __device__ void Load(std::int64_t row, int column, float* values) const {
+    LoadFloats<kWidth>(x + row * columns + column, values);
+  }
+  __device__ float Factor(float squares) const {
+    return weight == nullptr ? 1.0f : rsqrtf(squares / static_cast<float>(columns) + eps);
+  }
+  template <int kWidth>
+  __device__ void Store(std::int64_t row, int column, const float* values, float,
+                        float factor) const {
+    float y[kWidth];
+    if (weight != nullptr) {
+      LoadFloats<kWidth>(weight + column, y);
+#pragma unroll
+      for (int j = 0; j < kWidth; ++j) y[j] *= values[j] * factor;
+    } else {
+#pragma unroll
+      for (int j = 0; j < kWidth; ++j) y[j] = values[j];
+    }
+    if (relu) {
+#pragma unroll
+      for (int j = 0; j < kWidth; ++j) y[j] = fmaxf(y[j], 0.0f);
+    }
+    if (cos != nullptr) {
+      const std::int64_t first = (row % length) * (head_size / 2) + (column % head_size) / 2;
+#pragma unroll
+      for (int j = 0; j < kWidth; j += 2) {
+        const float c = cos[first + j / 2];
+        const float s = sin[first + j / 2];
+        const float even = y[j] * c - y[j + 1] * s;
+        y[j + 1] = y[j + 1] * c + y[j] * s;
+        y[j] = even;
+      }
+    }
+    StoreFloats<kWidth>(out + row * columns + column, y);
+  }
+};
+
+template <typename T>
+struct ChannelNormOp {
+  static constexpr bool kCentred = false;
+  static constexpr int kNarrow = 1;
+  int columns;
+  bool silu;
+  const T* x;
+  const float* gamma;
+  T* out;
+
+  template <int kWidth>
+  __device__ void Load(std::int64_t row, int column, float* values) const {
+    LoadFloats<kWidth>(x + row * columns + column, values);
+  }
+  __device__ float Factor(float squares) const {
+    return sqrtf(static_cast<float>(columns)) / fmaxf(sqrtf(squares), 1e-12f);
+  }
+  template <int kWidth>
+  __device__ void Store(std::int64_t row, int column, const float* values, float,
+                        float factor) const {
+    float y[kWidth], g[kWidth];
+    LoadFloats<kWidth>(gamma + column, g);
+#pragma unroll
+    for (int j = 0; j < kWidth; ++j) {
+      y[j] = values[j] * factor * g[j];
+      if (silu) y[j] = Silu(y[j]);
+    }
+    StoreFloats<kWidth>(out + row * columns + column, y);
+  }
+};
+
+const float* OptionalFloats(const Tensor& tensor) {
+  return tensor.defined() ? tensor.data<float>() : nullptr;
+}
+
+// out has x's shape and type, or is bf16 of an f32 residual stream.
+void RequireNormOut(const Tensor& x, const Tensor& out, const char* name) {
+  Require(out.defined() && IsComputeType(out.dtype()), name);
+  const bool narrows = x.dtype() == DType::kF32 && out.dtype() == DType::kBF16;
+  RequireTensor(out, out.shape(), narrows ? DType::kBF16 : x.dtype(), name);
+  Require(out.NumElements() == x.NumElements(), name);
+}
+
+template <typename In, typename Out>
+void RunLayerNorm(const Context& context, const LayerNormArgs& args) {
+  LayerNormOp<In, Out> op{static_cast<int>(args.x.dim(-1)),
+                          args.x.dim(1),
+                          args.eps,
+                          args.x.data<In>(),
+                          OptionalFloats(args.weight),
+                          OptionalFloats(args.bias),
+                          OptionalFloats(args.scale),
+                          OptionalFloats(args.shift),
+                          args.out.data<Out>()};
+  const bool vectors = Aligned16(op.x, op.weight, op.bias, op.scale, op.shift, op.out);
+  RunRows(op, args.x.dim(0) * args.x.dim(1), vectors, context.stream, "LayerNorm");
+}
+
+template <typename In, typename Out>
+void RunRmsNorm(const Context& context, const RmsNormArgs& args) {
+  const std::int64_t columns = args.x.dim(-1);
+  RmsNormOp<In, Out> op{static_cast<int>(columns), args.eps, args.x.data<In>(),
+                        args.weight.data<float>(), args.out.data<Out>()};
+  RunRows(op, args.x.NumElements() / columns, Aligned16(op.x, op.weight, op.out), context.stream,
+          "RmsNorm");
+}
+
+template <typename T>
+void RunQkNormRope(const Context& context, const QkNormRopeArgs& args) {
+  const int head_size = static_cast<int>(args.out.dim(3));
+  QkNormRopeOp<T> op{static_cast<int>(args.x.dim(2)),
+                     head_size,
+                     args.x.dim(1),
+                     args.eps,
+                     args.relu_before_rotation,
+                     args.x.data<T>(),
+                     OptionalFloats(args.weight),
+                     OptionalFloats(args.cos),
+                     OptionalFloats(args.sin),
+                     args.out.data<T>()};
+  const bool vectors = head_size % 8 == 0 && Aligned16(op.x, op.weight, op.out);
+  RunRows(op, args.x.dim(0) * args.x.dim(1), vectors, context.stream, "QkNormRope");
+}
+
+template <typename T>
+void RunChannelNorm(const Context& context, const ChannelNormArgs& args) {
+  const std::int64_t columns = args.x.dim(-1);
+  ChannelNormOp<T> op{static_cast<int>(columns), args.silu, args.x.data<T>(),
+                      args.gamma.data<float>(), args.out.data<T>()};
+  RunRows(op, args.x.NumElements() / columns, Aligned16(op.x, op.gamma, op.out), context.stream,
+          "ChannelNorm");
+}
+
+}  // namespace
+
+void LayerNorm(const Context& context, const LayerNormArgs& args) {
+  Require(args.x.defined() && args.x.shape().rank() == 3 && IsComputeType(args.x.dtype()),
+          "LayerNorm: x is not [B, L, d] of f32 or bf16");
+  const std::int64_t batch = args.x.dim(0);
+  const std::int64_t columns = args.x.dim(2);
+  RequireNormOut(args.x, args.out, "LayerNorm: out");
+  Require(args.weight.defined() == args.bias.defined(), "LayerNorm: weight and bias go together");
+  Require(args.scale.defined() == args.shift.defined(), "LayerNorm: scale and shift go together");
+  if (args.weight.defined()) {
+    RequireTensor(args.weight, {columns}, DType::kF32, "LayerNorm: weight");
+    RequireTensor(args.bias, {columns}, DType::kF32, "LayerNorm: bias");
+  }
+  if (args.scale.defined()) {
+    RequireTensor(args.scale, {batch, columns}, DType::kF32, "LayerNorm: scale");
+    RequireTensor(args.shift, {batch, columns}, DType::kF32, "LayerNorm: shift");
+  }
+  if (args.x.dtype() == DType::kBF16) {
+    RunLayerNorm<bf16, bf16>(context, args);
+  } else if (args.out.dtype() == DType::kBF16) {
+    RunLayerNorm<float, bf16>(context, args);
+  } else {
+    RunLayerNorm<float, float>(context, args);
+  }
+}
+
+void RmsNorm(const Context& context, const RmsNormArgs& args) {
+  Require(args.x.defined() && args.x.shape().rank() >= 1 && IsComputeType(args.x.dtype()),
+          "RmsNorm: x is not [M, d] of f32 or bf16");
+  RequireTensor(args.weight, {args.x.dim(-1)}, DType::kF32, "RmsNorm: weight");
+  RequireNormOut(args.x, args.out, "RmsNorm: out");
+  if (args.x.dtype() == DType::kBF16) {
+    RunRmsNorm<bf16, bf16>(context, args);
+  } else if (args.out.dtype() == DType::kBF16) {
+    RunRmsNorm<float, bf16>(context, args);
+  } else {
+    RunRmsNorm<float, float>(context, args);
+  }
+}
+
+void QkNormRope(const Context& context, const QkNormRopeArgs& args) {
+  Require(args.x.defined() && args.x.shape().rank() == 3 && IsComputeType(args.x.dtype()),
+          "QkNormRope: x is not [B, L, H * D] of f32 or bf16");
+  Require(args.out.defined() && args.out.shape().rank() == 4,
+          "QkNormRope: out is not [B, L, H, D]");
+  const std::int64_t head_size = args.out.dim(3);
+  const std::int64_t columns = args.x.dim(2);
+  Require(columns == args.out.dim(2) * head_size && head_size % 2 == 0,
+          "QkNormRope: x's last dimension is not H * D with D even");
+  RequireTensor(args.out, {args.x.dim(0), args.x.dim(1), args.out.dim(2), head_size},
+                args.x.dtype(), "QkNormRope: out");
+  Require(args.cos.defined() == args.sin.defined(), "QkNormRope: cos and sin go together");
+  if (args.weight.defined()) {
+    RequireTensor(args.weight, {columns}, DType::kF32, "QkNormRope: weight");
+  }
+  if (args.cos.defined()) {
+    RequireTensor(args.cos, {args.x.dim(1), head_size / 2}, DType::kF32, "QkNormRope: cos");
+    RequireTensor(args.sin, {args.x.dim(1), head_size / 2}, DType::kF32, "QkNormRope: sin");
+  }
+  args.x.dtype() == DType::kBF16 ? RunQkNormRope<bf16>(context, args)
+                                 : RunQkNormRope<float>(context, args);
+}
+
+void ChannelNorm(const Context& context, const ChannelNormArgs& args) {
+  Require(args.x.defined() && args.x.shape().rank() >= 1 && IsComputeType(args.x.dtype()),
+          "ChannelNorm: x is not [T, H, W, C] of f32 or bf16");
+  RequireTensor(args.gamma, {args.x.dim(-1)}, DType::kF32, "ChannelNorm: gamma");
+  RequireTensor(args.out, args.x.shape(), args.x.dtype(), "ChannelNorm: out");
+  args.x.dtype() == DType::kBF16 ? RunChannelNorm<bf16>(context, args)
+                                 : RunChannelNorm<float>(context, args);
+}
+
+}  // namespace slalom::cuda
