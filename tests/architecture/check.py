@@ -62,8 +62,8 @@ INCLUDE = re.compile(r'^\s*#\s*include\s*([<"])([^">]+)[">]')
 CONDITIONAL = re.compile(r"^\s*#\s*(if|ifdef|ifndef|elif)\b.*(CUDA|SLALOM_)")
 PURE = re.compile(r"\)\s*(const)?\s*(noexcept)?\s*=\s*0\s*;")
 CLASS = re.compile(r"^(?:class|struct)\s+(\w+)\s*(?:final\s*)?(?::[^;]*)?\{")
-LEAVES = re.compile(r"\b(?:std::|::)?(exit|_exit|quick_exit|abort|terminate)\s*\(")
-GETENV = re.compile(r"\b(?:std::|::)?(?:secure_)?getenv\s*\(")
+LEAVES = re.compile(r"(?<![.>\w])(?:std::|::)?(exit|_exit|quick_exit|abort|terminate)\s*\(")
+GETENV = re.compile(r"(?<![.>\w])(?:std::|::)?(?:secure_)?getenv\s*\(")
 TO_DO = re.compile(r"\b(TO" r"DO|FIX" r"ME|X" r"XX)\b")
 
 

@@ -92,6 +92,10 @@ class Tree(unittest.TestCase):
         self.write("server/a.cc", "void f() {\n  std::exit(1);\n}\n")
         self.expect("server/a.cc:2: nothing calls exit or abort")
 
+    def test_a_method_called_exit_is_fine(self):
+        self.write("server/a.cc", "int a = app.exit(error) + app->exit(error);\n")
+        self.assertEqual(self.run_check()[0], 0)
+
     def test_getenv_below_the_server(self):
         self.write("kernels/cpu/a.cc", 'auto x = getenv("OMP_NUM_THREADS");\n')
         self.expect("kernels/cpu/a.cc:1: no getenv")

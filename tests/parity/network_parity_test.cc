@@ -1,8 +1,10 @@
 // Every network against its golden cases, in f32 and, where the reference has such a run, in bf16.
 #include <gtest/gtest.h>
 
+#include <cmath>
 #include <memory>
 #include <string>
+#include <vector>
 
 #include "tests/parity/golden.h"
 #include "tests/parity/run_network.h"
@@ -49,6 +51,23 @@ INSTANTIATE_TEST_SUITE_P(Golden, Bf16Parity,
                          testing::ValuesIn(GoldenCases(kNets, /*with_bf16=*/true)), ParamName);
 INSTANTIATE_TEST_SUITE_P(Golden, VideoDecoderParity,
                          testing::ValuesIn(GoldenCases({"vae_decoder"})), ParamName);
+
+TEST(MaxRelativeError, IsTheWorstElementOverTheLargest) {
+  const Tensor reference = Tensor::FromFloats({3}, std::vector<float>{-4, 1, 2});
+  EXPECT_EQ(MaxRelativeError(reference, reference), 0);
+  EXPECT_EQ(MaxRelativeError(Tensor::FromFloats({3}, std::vector<float>{-4, 2, 2.5}), reference),
+            0.25);
+}
+
+TEST(MaxRelativeError, NeverPassesNanInfinityOrAnotherShape) {
+  const Tensor reference = Tensor::FromFloats({2}, std::vector<float>{1, 2});
+  for (const float bad : {std::nanf(""), -INFINITY}) {
+    EXPECT_FALSE(MaxRelativeError(Tensor::FromFloats({2}, std::vector<float>{1, bad}), reference) <=
+                 1e30);
+  }
+  EXPECT_FALSE(MaxRelativeError(Tensor::FromFloats({1, 2}, std::vector<float>{1, 2}), reference) <=
+               1e30);
+}
 
 // A folder without cases must not pass for one where all is well.
 TEST(Goldens, EveryNetHasCases) {
