@@ -27,8 +27,8 @@ bool Fits(const Shape& shape, const std::vector<std::int64_t>& dims) {
 
 Tensor NetworkInputs::Find(const std::string& name, DType dtype,
                            const std::vector<std::int64_t>* dims) const {
-  const std::string expected =
-      std::string("expected ") + DTypeName(dtype) + (dims ? " " + ShapePattern(*dims) : "");
+  std::string expected = std::string("expected ") + DTypeName(dtype);
+  if (dims) expected.append(" ").append(ShapePattern(*dims));
   if (!weights_) {
     throw Error(ErrorCode::kInvalidArgument, "tensor '" + name + "': no input file; " + expected);
   }
