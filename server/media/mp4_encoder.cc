@@ -13,10 +13,12 @@ namespace slalom {
 namespace {
 
 constexpr int kIoBufferBytes = 32 * 1024;
-// How far x264 looks ahead for bits and B-frames. Ten frames cost little compression against its
+// How far x264 looks ahead to share out its bits. Eight frames cost little compression against its
 // default of forty and let the first fragment leave while the decoder is still at work.
 constexpr int kLookahead = 8;
-constexpr int kBFrames = 2;
+// B-frames would save a few percent, but a fragmented file has no edit list to hide their
+// reordering delay: every frame would be shown one frame late.
+constexpr int kBFrames = 0;
 constexpr int kGopSeconds = 4;
 
 ffmpeg::CodecContext OpenX264(const VideoFormat& format) {
@@ -166,8 +168,7 @@ class Mp4Encoder::Impl {
     stream->time_base = codec_->time_base;
     stream->avg_frame_rate = codec_->framerate;
     ffmpeg::Dictionary options;
-    // negative_cts_offsets lets the first frame stand at time 0 although B-frames delay it.
-    options.Set("movflags", "empty_moov+default_base_moof+frag_custom+negative_cts_offsets");
+    options.Set("movflags", "empty_moov+default_base_moof+frag_custom");
     CheckWrite(avformat_write_header(muxer_.get(), options.get()), "writing the MP4 header");
     avio_flush(muxer_->pb);
     Rethrow();
