@@ -5,6 +5,8 @@
 #include <numeric>
 #include <vector>
 
+#include "kernels/cpu/attention_tile.h"
+#include "kernels/cpu/block_map.h"
 #include "kernels/cpu/check.h"
 #include "kernels/cpu/convert.h"
 #include "kernels/cpu/cpu_backend.h"
@@ -16,17 +18,15 @@ std::int64_t Blocks(std::int64_t length, std::int64_t block) {
   return (length + block - 1) / block;
 }
 
-// Mean of each block's rows: x [L, H, D] (one batch element) -> means [N, H * D].
+// Mean of one block's rows: x [L, width] of one batch element -> mean [width].
 template <typename T>
-void PoolBlock(const T* x, std::int64_t length, std::int64_t width, std::int64_t block,
-               std::int64_t index, float* mean) {
+void PoolBlock(const simd::Kernels& kernels, const T* x, std::int64_t length, std::int64_t width,
+               std::int64_t block, std::int64_t index, float* mean) {
   const std::int64_t begin = index * block;
   const std::int64_t end = std::min(length, begin + block);
-  std::fill(mean, mean + width, 0.0f);
-  for (std::int64_t r = begin; r < end; ++r) {
-    for (std::int64_t c = 0; c < width; ++c) mean[c] += ToFloat(x[r * width + c]);
-  }
-  const float rows = static_cast<float>(end - begin);
+  std::fill_n(mean, width, 0.0f);
+  for (std::int64_t r = begin; r < end; ++r) simd::Rows<T>(kernels).add(x + r * width, width, mean);
+  const auto rows = static_cast<float>(end - begin);
   for (std::int64_t c = 0; c < width; ++c) mean[c] /= rows;
 }
 
@@ -92,7 +92,45 @@ void FillLists(CpuBackend& backend, BlockMap& map) {
   }
 }
 
+// The share of one query's softmax mass that its critical blocks hold.
+double MassOfRow(const float* scores, std::int64_t length, std::int64_t block,
+                 const std::uint8_t* classes) {
+  const float largest = *std::max_element(scores, scores + length);
+  double sum = 0;
+  double kept = 0;
+  for (std::int64_t j = 0; j < length; ++j) {
+    const double mass = std::exp(scores[j] - largest);
+    sum += mass;
+    if (classes[j / block] == static_cast<std::uint8_t>(BlockClass::kCritical)) kept += mass;
+  }
+  return kept / sum;
+}
+
 }  // namespace
+
+void CheckMap(const Check& check, const BlockMap* map, std::int64_t batch, std::int64_t heads,
+              std::int64_t length) {
+  check.That(map != nullptr, "map", "is missing");
+  check.That(map->block_q > 0 && map->block_k > 0, "map", "has an empty block");
+  const Shape rows{batch, heads, Blocks(length, map->block_q)};
+  const Shape classes{batch, heads, rows[2], Blocks(length, map->block_k)};
+  check.Is(map->classes, classes, DType::kU8, "map.classes");
+  check.Is(map->counts, rows, DType::kI32, "map.counts");
+  check.Rank(map->critical, 4, "map.critical");
+  check.Is(map->critical, Shape{batch, heads, rows[2], map->critical.dim(3)}, DType::kI32,
+           "map.critical");
+}
+
+std::vector<std::int32_t> WindowOrder(const TokenGrid& grid) {
+  std::vector<std::int32_t> order;
+  order.reserve(static_cast<std::size_t>(grid.size()));
+  for (std::int64_t pixel = 0; pixel < grid.height * grid.width; ++pixel) {
+    for (std::int64_t t = 0; t < grid.frames; ++t) {
+      order.push_back(static_cast<std::int32_t>(t * grid.height * grid.width + pixel));
+    }
+  }
+  return order;
+}
 
 BlockMap CpuBackend::MakeBlockMap(const BlockMapArgs& args) {
   const Check check("MakeBlockMap");
@@ -138,8 +176,8 @@ BlockMap CpuBackend::MakeBlockMap(const BlockMapArgs& args) {
     VisitCompute(x.dtype(), [&](auto tag) {
       using T = decltype(tag);
       parallel_.Tasks(batch * blocks, [&](std::int64_t i, int /*thread*/) {
-        PoolBlock(x.data<T>() + i / blocks * length * width, length, width, block, i % blocks,
-                  means.data<float>() + i * width);
+        PoolBlock(kernels_, x.data<T>() + i / blocks * length * width, length, width, block,
+                  i % blocks, means.data<float>() + i * width);
       });
     });
   };
@@ -155,10 +193,7 @@ BlockMap CpuBackend::MakeBlockMap(const BlockMapArgs& args) {
     std::vector<float> scores(static_cast<std::size_t>(nk));
     std::vector<std::int32_t> order;
     for (std::int64_t j = 0; j < nk; ++j) {
-      float score = 0;
-#pragma omp simd reduction(+ : score)
-      for (std::int64_t c = 0; c < head_size; ++c) score += q[c] * k[j * width + c];
-      scores[static_cast<std::size_t>(j)] = score;
+      scores[static_cast<std::size_t>(j)] = kernels_.dot(q, k + j * width, head_size);
     }
     ClassifyRow(scores.data(), nk, critical, negligible, order, classes + r * nk);
   });
@@ -188,6 +223,55 @@ void CpuBackend::CountPairs(const BlockMap& map, const Tensor& counter) {
   for (std::int64_t i = 0; i < map.counts.NumElements(); ++i) critical += counts[i];
   counter.data<std::int64_t>()[0] += critical;
   counter.data<std::int64_t>()[1] += map.classes.NumElements();
+}
+
+void CpuBackend::AttentionMassKept(const Tensor& q, const Tensor& k, float scale,
+                                   const BlockMap& map, int rows, const Tensor& out) {
+  const Check check("AttentionMassKept");
+  check.Rank(q, 4, "q");
+  check.Compute(q, "q");
+  check.Is(k, q.shape(), q.dtype(), "k");
+  check.Is(out, Shape{1}, DType::kF32, "out");
+  const std::int64_t batch = q.dim(0), length = q.dim(1), heads = q.dim(2), size = q.dim(3);
+  CheckMap(check, &map, batch, heads, length);
+  check.That(rows > 0 && length > 0, "rows", "is not positive");
+  const std::int64_t samples = std::min<std::int64_t>(rows, length);
+  const bool window = map.grid.size() > 0;
+  check.That(!window || map.grid.size() == length, "map.grid", "does not hold q's tokens");
+  const std::vector<std::int32_t> order = WindowOrder(map.grid);
+  const std::int64_t query_blocks = map.classes.dim(2);
+  const std::int64_t key_blocks = map.classes.dim(3);
+  const std::int64_t floats = 2 * RoundUp(size, 16) + RoundUp(length, 16);
+  const Tensor scratch = Allocate(Shape{parallel_.threads(), floats}, DType::kF32);
+  std::vector<double> kept(static_cast<std::size_t>(batch * heads * samples));
+  VisitCompute(q.dtype(), [&](auto tag) {
+    using T = decltype(tag);
+    parallel_.Tasks(batch * heads * samples, [&](std::int64_t task, int thread) {
+      const std::int64_t sample = task % samples;
+      const std::int64_t h = task / samples % heads;
+      const std::int64_t b = task / samples / heads;
+      // The middles of `samples` equal stretches.
+      const std::int64_t position = (2 * sample + 1) * length / (2 * samples);
+      const std::int32_t* own_order = window && h >= heads / 2 ? order.data() : nullptr;
+      const auto query = RowsOfHead<const T>(q, b, h, own_order);
+      const auto keys = RowsOfHead<const T>(k, b, h, own_order);
+      Cutter cutter(scratch.data<float>() + thread * floats);
+      float* query_row = cutter.Take(size);
+      float* key_row = cutter.Take(size);
+      float* scores = cutter.Take(length);
+      const auto& loops = simd::Rows<T>(kernels_);
+      loops.widen(query.row(position), scale, size, query_row);
+      for (std::int64_t j = 0; j < length; ++j) {
+        loops.widen(keys.row(j), 1.0f, size, key_row);
+        scores[j] = kernels_.dot(query_row, key_row, size);
+      }
+      const std::int64_t row = (b * heads + h) * query_blocks + position / map.block_q;
+      kept[static_cast<std::size_t>(task)] = MassOfRow(
+          scores, length, map.block_k, map.classes.data<std::uint8_t>() + row * key_blocks);
+    });
+  });
+  const double sum = std::accumulate(kept.begin(), kept.end(), 0.0);
+  out.data<float>()[0] = static_cast<float>(sum / static_cast<double>(kept.size()));
 }
 
 }  // namespace slalom

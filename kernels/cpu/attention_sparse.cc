@@ -1,162 +1,301 @@
-// SLA: sparse branch plus projected linear branch.
+// SLA: softmax over the critical blocks, plus the projected linear attention over the scope.
+//
+// For each head: pack the keys block by block and, in the same pass, sum phi(K_j)^T V_j. Then for
+// each query block attend to the critical blocks, and gather its linear state from the blocks'
+// sums: from the blocks in scope or, where these are more than half, from the total less the
+// others. Those sums run in double, so that a block with huge values leaves nothing behind when it
+// is taken away.
+#include <algorithm>
 #include <cmath>
 #include <vector>
 
-#include "kernels/cpu/attention_rows.h"
+#include "kernels/cpu/attention_tile.h"
+#include "kernels/cpu/block_map.h"
 #include "kernels/cpu/check.h"
 #include "kernels/cpu/convert.h"
 #include "kernels/cpu/cpu_backend.h"
+#include "kernels/cpu/linear_branch.h"
 
 namespace slalom {
 namespace {
 
-std::vector<float> Feature(FeatureMap map, std::vector<float> x) {
-  if (map == FeatureMap::kSoftmax) {
-    const float max = *std::max_element(x.begin(), x.end());
-    float sum = 0;
-    for (float& v : x) sum += v = std::exp(v - max);
-    for (float& v : x) v /= sum;
-  } else {
-    for (float& v : x) {
-      v = map == FeatureMap::kRelu ? std::max(v, 0.0f) : (v > 0 ? v + 1 : std::exp(v));
-    }
+struct SlaShape {
+  std::int64_t batch, length, heads, head_size;
+};
+
+SlaShape CheckSla(const SlaArgs& args) {
+  const Check check("SlaAttention");
+  check.Rank(args.q, 4, "q");
+  check.Compute(args.q, "q");
+  const SlaShape s{args.q.dim(0), args.q.dim(1), args.q.dim(2), args.q.dim(3)};
+  check.Is(args.k, args.q.shape(), args.q.dtype(), "k");
+  check.Is(args.v, args.q.shape(), args.q.dtype(), "v");
+  check.Is(args.out, args.q.shape(), args.q.dtype(), "out");
+  CheckMap(check, args.map, s.batch, s.heads, s.length);
+  if (args.proj_weight.defined()) {
+    check.Is(args.proj_weight, Shape{s.head_size, s.head_size}, DType::kF32, "proj_weight");
+    check.Is(args.proj_bias, Shape{s.head_size}, DType::kF32, "proj_bias");
   }
-  return x;
+  return s;
+}
+
+bool InScope(LinearScope scope, std::uint8_t block_class) {
+  const auto c = static_cast<BlockClass>(block_class);
+  return scope == LinearScope::kAll || c == BlockClass::kMarginal ||
+         (scope == LinearScope::kNonCritical && c == BlockClass::kNegligible);
+}
+
+// One call, its working memory and its steps. Heads are handled in groups that fit the memory.
+template <typename T>
+class SlaRun {
+ public:
+  SlaRun(CpuBackend& backend, const simd::Kernels& kernels, const Parallel& parallel,
+         const SlaArgs& args, const SlaShape& shape, bool pairs);
+
+  void Run();
+
+ private:
+  // Blocks whose sums are kept apart: one by one, unless every block is in scope anyway.
+  static constexpr std::int64_t kBlocksPerSumWhenAll = 8;
+
+  void PackAndSum(std::int64_t first, std::int64_t heads);
+  void Totals(std::int64_t heads);
+  void QueryBlock(std::int64_t first, std::int64_t slot, std::int64_t block, float* scratch);
+  // The linear state of one query block, or null where nothing is in scope.
+  const float* State(std::int64_t slot, const std::uint8_t* classes, double* sum, float* state);
+  void Phi(const HeadRows<const T>& x, std::int64_t begin, std::int64_t rows, float* out) const;
+  float* Sums(std::int64_t slot, std::int64_t piece) const {
+    return sums_.data<float>() + (slot * pieces_ + piece) * branch_.state_floats();
+  }
+  double* Total(std::int64_t slot) const {
+    return totals_.data<double>() + slot * branch_.state_floats();
+  }
+
+  const simd::Kernels& kernels_;
+  const Parallel& parallel_;
+  const SlaArgs& args_;
+  const SlaShape s_;
+  const BlockMap& map_;
+  const TileLayout layout_;
+  const TileEngine engine_;
+  const LinearBranch branch_;
+  const bool linear_;
+  const std::int64_t blocks_per_sum_;
+  const std::int64_t pieces_;  // sums per head
+  std::int64_t group_ = 1;
+  std::int64_t scratch_floats_ = 0;
+  Tensor packed_;   // [group, blocks, block_floats]
+  Tensor sums_;     // [group, pieces, state_floats]
+  Tensor totals_;   // [group, state_floats] f64
+  Tensor scratch_;  // [threads, scratch_floats]
+  Tensor weight_;   // [D, padded D]: proj_weight transposed
+};
+
+template <typename T>
+SlaRun<T>::SlaRun(CpuBackend& backend, const simd::Kernels& kernels, const Parallel& parallel,
+                  const SlaArgs& args, const SlaShape& shape, bool pairs)
+    : kernels_(kernels),
+      parallel_(parallel),
+      args_(args),
+      s_(shape),
+      map_(*args.map),
+      layout_{
+          .length = s_.length, .head_size = s_.head_size, .block = map_.block_k, .pairs = pairs},
+      engine_(kernels, layout_, 1.0f / std::sqrt(static_cast<float>(s_.head_size))),
+      branch_(kernels, layout_),
+      linear_(args.proj_weight.defined()),
+      blocks_per_sum_(args.scope == LinearScope::kAll ? kBlocksPerSumWhenAll : 1),
+      pieces_((layout_.blocks() + blocks_per_sum_ - 1) / blocks_per_sum_) {
+  const std::int64_t width = layout_.padded_size();
+  const std::int64_t state = branch_.state_floats();
+  const std::int64_t head_floats =
+      layout_.blocks() * layout_.block_floats() + (linear_ ? pieces_ * state : 0);
+  group_ = HeadsAtOnce(s_.batch * s_.heads, head_floats);
+  packed_ = backend.Allocate(Shape{group_, layout_.blocks(), layout_.block_floats()}, DType::kF32);
+  const std::int64_t rows = std::max(layout_.padded_block(), kTileRows);
+  scratch_floats_ = TileScratchFloats(layout_) + 2 * RoundUp(rows * width, 16);
+  if (linear_) {
+    scratch_floats_ += 3 * RoundUp(state, 16);
+    sums_ = backend.Allocate(Shape{group_, pieces_, state}, DType::kF32);
+    totals_ = backend.Allocate(Shape{group_, state}, DType::kF64);
+    weight_ = backend.Allocate(Shape{s_.head_size, width}, DType::kF32);
+    backend.Zero(weight_);
+    kernels.transpose(args.proj_weight.template data<float>(), s_.head_size, s_.head_size,
+                      s_.head_size, weight_.template data<float>(), width);
+  }
+  scratch_ = backend.Allocate(Shape{parallel.threads(), scratch_floats_}, DType::kF32);
 }
 
 template <typename T>
-std::vector<float> Load(const T* x, std::int64_t n) {
-  std::vector<float> y(n);
-  for (std::int64_t i = 0; i < n; ++i) y[i] = ToFloat(x[i]);
-  return y;
+void SlaRun<T>::Run() {
+  const std::int64_t all_heads = s_.batch * s_.heads;
+  const std::int64_t query_blocks = map_.classes.dim(2);
+  for (std::int64_t first = 0; first < all_heads; first += group_) {
+    const std::int64_t heads = std::min(group_, all_heads - first);
+    PackAndSum(first, heads);
+    if (linear_) Totals(heads);
+    parallel_.Tasks(heads * query_blocks, [&](std::int64_t i, int thread) {
+      QueryBlock(first, i / query_blocks, i % query_blocks,
+                 scratch_.data<float>() + thread * scratch_floats_);
+    });
+  }
 }
 
-bool InScope(LinearScope scope, std::uint8_t c) {
-  const auto k = static_cast<BlockClass>(c);
-  if (scope == LinearScope::kAll) return true;
-  if (scope == LinearScope::kNonCritical) return k != BlockClass::kCritical;
-  return k == BlockClass::kMarginal;
+template <typename T>
+void SlaRun<T>::Phi(const HeadRows<const T>& x, std::int64_t begin, std::int64_t rows,
+                    float* out) const {
+  const std::int64_t width = layout_.padded_size();
+  for (std::int64_t r = 0; r < rows; ++r) {
+    float* row = out + r * width;
+    simd::Rows<T>(kernels_).widen(x.row(begin + r), 1.0f, s_.head_size, row);
+    kernels_.feature_map(args_.feature_map, row, s_.head_size, row);
+  }
+}
+
+template <typename T>
+void SlaRun<T>::PackAndSum(std::int64_t first, std::int64_t heads) {
+  const std::int64_t width = layout_.padded_size();
+  parallel_.Tasks(heads * pieces_, [&](std::int64_t task, int thread) {
+    const std::int64_t slot = task / pieces_;
+    const std::int64_t piece = task % pieces_;
+    const std::int64_t head = first + slot;
+    const auto k = RowsOfHead<const T>(args_.k, head / s_.heads, head % s_.heads);
+    const auto v = RowsOfHead<const T>(args_.v, head / s_.heads, head % s_.heads);
+    Cutter cutter(scratch_.data<float>() + thread * scratch_floats_);
+    float* features = cutter.Take(layout_.padded_block() * width);
+    float* values = cutter.Take(layout_.padded_block() * width);
+    const std::int64_t end = std::min((piece + 1) * blocks_per_sum_, layout_.blocks());
+    for (std::int64_t j = piece * blocks_per_sum_; j < end; ++j) {
+      float* packed =
+          packed_.data<float>() + (slot * layout_.blocks() + j) * layout_.block_floats();
+      engine_.Pack(k, v, j, packed, features);
+      if (!linear_) continue;
+      const std::int64_t begin = j * layout_.block;
+      Phi(k, begin, layout_.rows(j), features);
+      const float* block_values = engine_.Values(packed);
+      if (layout_.pairs) {
+        std::fill_n(values, layout_.rows(j) * width, 0.0f);
+        for (std::int64_t r = 0; r < layout_.rows(j); ++r) {
+          simd::Rows<T>(kernels_).widen(v.row(begin + r), 1.0f, s_.head_size, values + r * width);
+        }
+        block_values = values;
+      }
+      branch_.AddKeys(features, features, block_values, layout_.rows(j),
+                      j == piece * blocks_per_sum_, Sums(slot, piece));
+    }
+  });
+}
+
+template <typename T>
+void SlaRun<T>::Totals(std::int64_t heads) {
+  constexpr std::int64_t kGrain = 1024;
+  const std::int64_t state = branch_.state_floats();
+  const std::int64_t cuts = (state + kGrain - 1) / kGrain;
+  parallel_.Tasks(heads * cuts, [&](std::int64_t task, int /*thread*/) {
+    const std::int64_t slot = task / cuts;
+    const std::int64_t begin = task % cuts * kGrain;
+    const std::int64_t count = std::min(kGrain, state - begin);
+    double* total = Total(slot) + begin;
+    std::fill_n(total, count, 0.0);
+    for (std::int64_t p = 0; p < pieces_; ++p) {
+      kernels_.accumulate(Sums(slot, p) + begin, 1.0, count, total);
+    }
+  });
+}
+
+template <typename T>
+const float* SlaRun<T>::State(std::int64_t slot, const std::uint8_t* classes, double* sum,
+                              float* state) {
+  const std::int64_t floats = branch_.state_floats();
+  const double* from = Total(slot);
+  if (args_.scope != LinearScope::kAll) {
+    const auto inside = std::count_if(classes, classes + layout_.blocks(),
+                                      [&](std::uint8_t c) { return InScope(args_.scope, c); });
+    if (inside == 0) return nullptr;
+    const bool subtract = 2 * inside > layout_.blocks();
+    if (subtract) {
+      std::copy_n(from, floats, sum);
+    } else {
+      std::fill_n(sum, floats, 0.0);
+    }
+    for (std::int64_t j = 0; j < layout_.blocks(); ++j) {
+      if (InScope(args_.scope, classes[j]) != subtract) {
+        kernels_.accumulate(Sums(slot, j), subtract ? -1.0 : 1.0, floats, sum);
+      }
+    }
+    from = sum;
+  }
+  for (std::int64_t i = 0; i < floats; ++i) state[i] = static_cast<float>(from[i]);
+  return state;
+}
+
+template <typename T>
+void SlaRun<T>::QueryBlock(std::int64_t first, std::int64_t slot, std::int64_t block,
+                           float* scratch) {
+  const std::int64_t head = first + slot;
+  const std::int64_t width = layout_.padded_size();
+  const std::int64_t row_index = head * map_.classes.dim(2) + block;
+  const std::int32_t* list = map_.critical.data<std::int32_t>() + row_index * map_.critical.dim(3);
+  const std::int32_t count = map_.counts.data<std::int32_t>()[row_index];
+  const auto q = RowsOfHead<const T>(args_.q, head / s_.heads, head % s_.heads);
+  const auto out = RowsOfHead<T>(args_.out, head / s_.heads, head % s_.heads);
+
+  Cutter cutter(scratch);
+  QueryTile tile(layout_, cutter);
+  float* features = cutter.Take(kTileRows * width);
+  float* extra = cutter.Take(kTileRows * width);
+  const float* state = nullptr;
+  if (linear_) {
+    auto* sum = reinterpret_cast<double*>(cutter.Take(2 * branch_.state_floats()));
+    float* rounded = cutter.Take(branch_.state_floats());
+    const std::uint8_t* classes = map_.classes.data<std::uint8_t>() + row_index * layout_.blocks();
+    state = State(slot, classes, sum, rounded);
+  }
+  const std::int64_t end = std::min<std::int64_t>(s_.length, (block + 1) * map_.block_q);
+  for (std::int64_t begin = block * map_.block_q; begin < end; begin += kTileRows) {
+    const std::int64_t rows = std::min(kTileRows, end - begin);
+    engine_.Load(q, begin, rows, tile);
+    for (std::int32_t c = 0; c < count; ++c) {
+      const float* packed =
+          packed_.data<float>() + (slot * layout_.blocks() + list[c]) * layout_.block_floats();
+      engine_.Attend(packed, list[c], nullptr, tile);
+    }
+    if (state != nullptr) {
+      Phi(q, begin, rows, features);
+      // The tile's scores are done with: the linear output waits there for its projection.
+      float* linear = tile.q;
+      branch_.Query(features, features, state, rows, linear);
+      kernels_.gemm({.m = rows,
+                     .n = width,
+                     .k = s_.head_size,
+                     .a = linear,
+                     .a_row = width,
+                     .b = weight_.data<float>(),
+                     .ldb = width,
+                     .c = extra,
+                     .ldc = width});
+    }
+    for (std::int64_t r = 0; r < rows; ++r) {
+      float* row = extra + r * width;
+      if (linear_) {
+        if (state == nullptr) std::fill_n(row, s_.head_size, 0.0f);
+        kernels_.f32.add(args_.proj_bias.template data<float>(), s_.head_size, row);
+      }
+      simd::Rows<T>(kernels_).finish(tile.out + r * width, tile.InverseSum(r),
+                                     linear_ ? row : nullptr, s_.head_size, out.row(begin + r));
+    }
+  }
 }
 
 }  // namespace
 
 void CpuBackend::SlaAttention(const SlaArgs& args) {
-  const Check check("SlaAttention");
-  check.Rank(args.q, 4, "q");
-  check.Compute(args.q, "q");
-  const DType type = args.q.dtype();
-  const std::int64_t batch = args.q.dim(0), length = args.q.dim(1), heads = args.q.dim(2),
-                     size = args.q.dim(3);
-  check.Is(args.k, args.q.shape(), type, "k");
-  check.Is(args.v, args.q.shape(), type, "v");
-  check.Is(args.out, args.q.shape(), type, "out");
-  check.That(args.map != nullptr, "map", "is missing");
-  const BlockMap& map = *args.map;
-  const std::int64_t nq = (length + map.block_q - 1) / map.block_q;
-  const std::int64_t nk = (length + map.block_k - 1) / map.block_k;
-  check.Is(map.classes, Shape{batch, heads, nq, nk}, DType::kU8, "map");
-  if (args.proj_weight.defined()) {
-    check.Is(args.proj_weight, Shape{size, size}, DType::kF32, "proj_weight");
-    check.Is(args.proj_bias, Shape{size}, DType::kF32, "proj_bias");
-  }
-  const std::int64_t stride = heads * size;
-  const float scale = 1.0f / std::sqrt(static_cast<float>(size));
-  VisitCompute(type, [&](auto tag) {
+  const SlaShape shape = CheckSla(args);
+  if (args.q.NumElements() == 0) return;
+  VisitCompute(args.q.dtype(), [&](auto tag) {
     using T = decltype(tag);
-    parallel_.Tasks(batch * heads * nq, [&](std::int64_t r, int /*thread*/) {
-      const std::int64_t i = r % nq, h = r / nq % heads, b = r / nq / heads;
-      const std::uint8_t* classes = map.classes.data<std::uint8_t>() + r * nk;
-      const auto at = [&](const Tensor& t, std::int64_t j) {
-        return t.data<T>() + (b * length + j) * stride + h * size;
-      };
-      std::vector<float> state(size * size), total(size);
-      if (args.proj_weight.defined()) {
-        for (std::int64_t j = 0; j < length; ++j) {
-          if (!InScope(args.scope, classes[j / map.block_k])) continue;
-          const auto phi = Feature(args.feature_map, Load(at(args.k, j), size));
-          for (std::int64_t c = 0; c < size; ++c) {
-            total[c] += phi[c];
-            for (std::int64_t e = 0; e < size; ++e) {
-              state[c * size + e] += phi[c] * ToFloat(at(args.v, j)[e]);
-            }
-          }
-        }
-      }
-      const std::int64_t end = std::min<std::int64_t>(length, (i + 1) * map.block_q);
-      for (std::int64_t t = i * map.block_q; t < end; ++t) {
-        AttentionRow<T> row(at(args.q, t), size, scale);
-        std::vector<std::int64_t> keys;
-        for (std::int64_t j = 0; j < length; ++j) {
-          if (classes[j / map.block_k] != 1) continue;
-          row.Score(at(args.k, j), 0);
-          keys.push_back(j);
-        }
-        if (!keys.empty()) row.Softmax();
-        for (std::size_t n = 0; n < keys.size(); ++n) row.Add(n, at(args.v, keys[n]));
-        std::vector<float> linear(size);
-        if (args.proj_weight.defined()) {
-          const auto phi = Feature(args.feature_map, Load(at(args.q, t), size));
-          float den = 1e-5f;
-          for (std::int64_t c = 0; c < size; ++c) {
-            den += phi[c] * total[c];
-            for (std::int64_t e = 0; e < size; ++e) linear[e] += phi[c] * state[c * size + e];
-          }
-          for (float& x : linear) x /= den;
-        }
-        for (std::int64_t e = 0; e < size; ++e) {
-          float y = row.Out(e);
-          if (args.proj_weight.defined()) {
-            y += args.proj_bias.data<float>()[e];
-            for (std::int64_t c = 0; c < size; ++c) {
-              y += args.proj_weight.data<float>()[e * size + c] * linear[c];
-            }
-          }
-          at(args.out, t)[e] = FromFloat<T>(y);
-        }
-      }
-    });
+    SlaRun<T>(*this, kernels_, parallel_, args, shape, UsePairs(args.q.dtype())).Run();
   });
-}
-
-void CpuBackend::AttentionMassKept(const Tensor& q, const Tensor& k, float scale,
-                                   const BlockMap& map, int rows, const Tensor& out) {
-  const Check check("AttentionMassKept");
-  check.Rank(q, 4, "q");
-  check.Compute(q, "q");
-  check.Is(k, q.shape(), q.dtype(), "k");
-  check.Is(out, Shape{1}, DType::kF32, "out");
-  const std::int64_t batch = q.dim(0), length = q.dim(1), heads = q.dim(2), size = q.dim(3);
-  const std::int64_t samples = std::min<std::int64_t>(rows, length);
-  std::vector<double> kept(batch * heads * samples);
-  const std::int64_t nq = map.classes.dim(2), nk = map.classes.dim(3);
-  VisitCompute(q.dtype(), [&](auto tag) {
-    using T = decltype(tag);
-    parallel_.Tasks(batch * heads * samples, [&](std::int64_t r, int /*thread*/) {
-      const std::int64_t s = r % samples, h = r / samples % heads, b = r / samples / heads;
-      const std::int64_t p = (2 * s + 1) * length / (2 * samples);
-      const bool moved = map.grid.size() > 0 && h >= heads / 2;
-      const auto token = [&](std::int64_t n) {
-        if (!moved) return n;
-        const std::int64_t f = n % map.grid.frames, x = n / map.grid.frames % map.grid.width,
-                           y = n / map.grid.frames / map.grid.width;
-        return (f * map.grid.height + y) * map.grid.width + x;
-      };
-      const auto at = [&](const Tensor& t, std::int64_t j) {
-        return t.data<T>() + ((b * length + token(j)) * heads + h) * size;
-      };
-      AttentionRow<T> row(at(q, p), size, scale);
-      for (std::int64_t j = 0; j < length; ++j) row.Score(at(k, j), 0);
-      row.Softmax();
-      const std::uint8_t* classes =
-          map.classes.data<std::uint8_t>() + ((b * heads + h) * nq + p / map.block_q) * nk;
-      for (std::int64_t j = 0; j < length; ++j) {
-        if (classes[j / map.block_k] == 1) kept[r] += row.Share(j);
-      }
-    });
-  });
-  double sum = 0;
-  for (const double x : kept) sum += x;
-  out.data<float>()[0] = static_cast<float>(sum / static_cast<double>(kept.size()));
 }
 
 }  // namespace slalom

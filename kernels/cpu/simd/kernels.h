@@ -81,6 +81,7 @@ struct RowLoops {
   void (*narrow)(const float* x, std::int64_t n, T* out);
   // sum[i] += x[i].
   void (*add)(const T* x, std::int64_t n, float* sum);
+  float (*dot)(const T* x, const float* y, std::int64_t n);
   // out = scale * x + extra (extra may be null).
   void (*finish)(const float* x, float scale, const float* extra, std::int64_t n, T* out);
 };

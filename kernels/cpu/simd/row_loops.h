@@ -187,8 +187,8 @@ void Finish(const float* x, float scale, const float* extra, std::int64_t count,
   });
 }
 
-template <typename V>
-float Dot(const float* a, const float* b, std::int64_t count) {
+template <typename V, typename T>
+float Dot(const T* a, const float* b, std::int64_t count) {
   return SumVectors<V>(count,
                        [&](std::int64_t i, int n) { return Get<V>(a + i, n) * Get<V>(b + i, n); });
 }

@@ -21,6 +21,7 @@ constexpr RowLoops<T> MakeRowLoops() {
           .widen = &Widen<V, T>,
           .narrow = &Narrow<V, T>,
           .add = &Add<V, T>,
+          .dot = &Dot<V, T>,
           .finish = &Finish<V, T>};
 }
 
@@ -31,7 +32,7 @@ constexpr Kernels MakeKernels() {
           .gemm_bf16 = nullptr,
           .softmax = &Softmax<V>,
           .feature_map = &FeatureMapRow<V>,
-          .dot = &Dot<V>,
+          .dot = &Dot<V, float>,
           .transpose = &Transpose,
           .epilogue = &Epilogue<V>,
           .accumulate = &Accumulate,

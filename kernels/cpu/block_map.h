@@ -1,0 +1,20 @@
+// What the sparse attentions share about block maps.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "kernels/attention.h"
+#include "kernels/cpu/check.h"
+
+namespace slalom {
+
+// Throws unless the map is there and fits [batch, length, heads].
+void CheckMap(const Check& check, const BlockMap* map, std::int64_t batch, std::int64_t heads,
+              std::int64_t length);
+
+// The token at each position of the order (y, x, t) that the second half of a window map's heads
+// use.
+std::vector<std::int32_t> WindowOrder(const TokenGrid& grid);
+
+}  // namespace slalom

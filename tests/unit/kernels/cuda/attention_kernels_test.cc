@@ -1,0 +1,236 @@
+// Each attention kernel against the simplest one in f32: any length, lists of key blocks, lse.
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cmath>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "kernels/cuda/attention/problem.h"
+#include "kernels/cuda/cuda_backend.h"
+
+namespace slalom::cuda {
+namespace {
+
+struct Case {
+  std::int64_t batch = 1, heads = 2, q_length = 64, k_length = 64;
+  int head_size = 128;
+  int block_q = 0, block_k = 0;  // 0: dense
+  bool bias = false;
+};
+
+struct Result {
+  std::vector<float> out, lse;
+};
+
+class AttentionKernels : public testing::Test {
+ protected:
+  void SetUp() override {
+    if (CudaDeviceCount() == 0) GTEST_SKIP() << "this machine has no CUDA device";
+    backend_ = std::make_unique<CudaBackend>(0, BackendOptions{});
+  }
+
+  // Values that are exact in bf16, in both types.
+  std::pair<Tensor, Tensor> Random(const Shape& shape) {
+    const Tensor host = Tensor::Host(shape, DType::kF32);
+    std::normal_distribution<float> normal;
+    for (std::int64_t i = 0; i < host.NumElements(); ++i) {
+      host.data<float>()[i] = static_cast<float>(BFloat16(normal(random_)));
+    }
+    const Tensor narrow = backend_->Allocate(shape, DType::kBF16);
+    const Tensor wide = backend_->Allocate(shape, DType::kF32);
+    backend_->Copy(host, narrow);
+    backend_->Copy(host, wide);
+    return {narrow, wide};
+  }
+
+  Tensor UploadInts(const Shape& shape, const std::vector<std::int32_t>& values) {
+    const Tensor host = Tensor::Host(shape, DType::kI32);
+    std::copy(values.begin(), values.end(), host.data<std::int32_t>());
+    const Tensor device = backend_->Allocate(shape, DType::kI32);
+    backend_->Copy(host, device);
+    return device;
+  }
+
+  std::vector<float> Download(const Tensor& tensor) {
+    const Tensor host = Tensor::Host(tensor.shape(), DType::kF32);
+    backend_->Copy(tensor, host);
+    return {host.data<float>(), host.data<float>() + host.NumElements()};
+  }
+
+  // Random lists, some of them empty or whole.
+  void MakeLists(const Case& c, BlockList& list) {
+    const std::int64_t query_blocks = (c.q_length + c.block_q - 1) / c.block_q;
+    const std::int64_t key_blocks = (c.k_length + c.block_k - 1) / c.block_k;
+    const std::int64_t rows = c.batch * c.heads * query_blocks;
+    std::vector<std::int32_t> indices(static_cast<std::size_t>(rows * key_blocks), 1 << 20);
+    std::vector<std::int32_t> counts(static_cast<std::size_t>(rows), 0);
+    for (std::int64_t r = 0; r < rows; ++r) {
+      const unsigned share = random_() % 5;  // of 4
+      std::int32_t& count = counts[static_cast<std::size_t>(r)];
+      for (std::int64_t j = 0; j < key_blocks; ++j) {
+        if (random_() % 4 >= share) continue;
+        indices[static_cast<std::size_t>(r * key_blocks + count++)] = static_cast<std::int32_t>(j);
+      }
+    }
+    indices_ = UploadInts({rows * key_blocks}, indices);
+    counts_ = UploadInts({rows}, counts);
+    list = {indices_.data<std::int32_t>(),
+            counts_.data<std::int32_t>(),
+            query_blocks,
+            key_blocks,
+            c.block_q,
+            c.block_k};
+  }
+
+  Result Run(AttentionProblem problem, AttentionKernel kernel, DType type, const Tensor& q,
+             const Tensor& k, const Tensor& v) {
+    const Tensor out = backend_->Allocate(q.shape(), type);
+    const Tensor lse =
+        backend_->Allocate({problem.batch, problem.heads, problem.q_length}, DType::kF32);
+    const Tensor poison = Tensor::Host(q.shape(), DType::kF32);
+    std::fill_n(poison.data<float>(), poison.NumElements(), NAN);
+    backend_->Copy(poison, out);
+    problem.dtype = type;
+    problem.q = q.raw();
+    problem.k = k.raw();
+    problem.v = v.raw();
+    problem.out = out.raw();
+    problem.lse = lse.data<float>();
+    RunAttention(backend_->context(), problem, kernel);
+    return {Download(out), Download(lse)};
+  }
+
+  void Compare(const Case& c, AttentionKernel kernel) {
+    const Shape q_shape{c.batch, c.q_length, c.heads, c.head_size};
+    const Shape k_shape{c.batch, c.k_length, c.heads, c.head_size};
+    const auto [q, q32] = Random(q_shape);
+    const auto [k, k32] = Random(k_shape);
+    const auto [v, v32] = Random(k_shape);
+    AttentionProblem problem;
+    problem.batch = c.batch;
+    problem.heads = c.heads;
+    problem.q_length = c.q_length;
+    problem.k_length = c.k_length;
+    problem.head_size = c.head_size;
+    problem.scale = 1.0f / std::sqrt(static_cast<float>(c.head_size));
+    Tensor bias;
+    if (c.bias) {
+      bias = Random({c.heads, c.q_length + c.k_length - 1}).second;
+      problem.relative_bias = bias.data<float>();
+    }
+    if (c.block_q > 0) MakeLists(c, problem.list);
+    const Result exact = Run(problem, AttentionKernel::kRow, DType::kF32, q32, k32, v32);
+    const Result result = Run(problem, kernel, DType::kBF16, q, k, v);
+    // bf16 probabilities and one rounding of the result: 2^-8 of the largest output each.
+    float largest = 0.0f, error = 0.0f, lse_error = 0.0f;
+    for (std::size_t i = 0; i < exact.out.size(); ++i) {
+      ASSERT_TRUE(std::isfinite(result.out[i])) << Name(c) << " element " << i;
+      largest = std::max(largest, std::abs(exact.out[i]));
+      error = std::max(error, std::abs(exact.out[i] - result.out[i]));
+    }
+    for (std::size_t i = 0; i < exact.lse.size(); ++i) {
+      if (std::isinf(exact.lse[i])) {
+        EXPECT_EQ(exact.lse[i], result.lse[i]) << Name(c) << " row " << i << " has no key";
+      } else {
+        lse_error = std::max(lse_error, std::abs(exact.lse[i] - result.lse[i]));
+      }
+    }
+    EXPECT_LE(error, 0x1p-7f * largest) << Name(c);
+    EXPECT_LE(lse_error, 1e-3f) << Name(c);
+  }
+
+  static std::string Name(const Case& c) {
+    return "B " + std::to_string(c.batch) + " H " + std::to_string(c.heads) + " Lq " +
+           std::to_string(c.q_length) + " Lk " + std::to_string(c.k_length) + " D " +
+           std::to_string(c.head_size) + " blocks " + std::to_string(c.block_q) + "x" +
+           std::to_string(c.block_k);
+  }
+
+  void CompareAll(AttentionKernel kernel, bool lists) {
+    for (const int head_size : {64, 128}) {
+      for (const std::int64_t length : {1, 63, 64, 65, 127, 128, 129, 1000, 2176}) {
+        Compare({2, 3, length, length, head_size}, kernel);
+        Compare({1, 2, length, 77, head_size}, kernel);
+        Compare({1, 2, 77, length, head_size}, kernel);
+        if (!lists) continue;
+        Compare({2, 3, length, length, head_size, 64, 64}, kernel);
+        Compare({2, 3, length, length, head_size, 128, 64}, kernel);
+        Compare({1, 2, length, length, head_size, 128, 128}, kernel);
+        Compare({1, 2, length, length, head_size, 64, 192}, kernel);
+      }
+    }
+  }
+
+  bool OnHopper() const { return backend_->context().compute_major == 9; }
+
+  std::unique_ptr<CudaBackend> backend_;
+  std::mt19937 random_{17};
+  Tensor indices_, counts_;
+};
+
+TEST_F(AttentionKernels, Hopper) {
+  if (!OnHopper()) GTEST_SKIP() << "this device is not a Hopper";
+  CompareAll(AttentionKernel::kHopper, true);
+}
+
+TEST_F(AttentionKernels, TensorCore) { CompareAll(AttentionKernel::kTensorCore, true); }
+
+TEST_F(AttentionKernels, TensorCoreWithBias) {
+  for (const std::int64_t length : {1, 64, 65, 512}) {
+    Compare({2, 3, length, length, 64, 0, 0, true}, AttentionKernel::kTensorCore);
+    Compare({1, 2, length, 130, 128, 0, 0, true}, AttentionKernel::kTensorCore);
+  }
+}
+
+TEST_F(AttentionKernels, Product) {
+  CompareAll(AttentionKernel::kProduct, false);
+  Compare({2, 1, 300, 300, 384}, AttentionKernel::kProduct);
+  Compare({1, 2, 65, 65, 64, 0, 0, true}, AttentionKernel::kProduct);
+}
+
+TEST_F(AttentionKernels, Row) { CompareAll(AttentionKernel::kRow, true); }
+
+// The same inputs give the same bits: a result that moves is a race.
+TEST_F(AttentionKernels, HopperRepeats) {
+  if (!OnHopper()) GTEST_SKIP() << "this device is not a Hopper";
+  const Shape shape{1, 5000, 4, 128};
+  const Tensor q = Random(shape).first, k = Random(shape).first, v = Random(shape).first;
+  AttentionProblem problem;
+  problem.batch = 1;
+  problem.heads = 4;
+  problem.q_length = problem.k_length = 5000;
+  problem.head_size = 128;
+  problem.scale = 0.088f;
+  const Result first = Run(problem, AttentionKernel::kHopper, DType::kBF16, q, k, v);
+  for (int i = 0; i < 20; ++i) {
+    EXPECT_EQ(Run(problem, AttentionKernel::kHopper, DType::kBF16, q, k, v).out, first.out);
+  }
+}
+
+TEST(ChooseAttentionKernel, TakesTheFastestThatCan) {
+  AttentionProblem problem;
+  problem.head_size = 128;
+  EXPECT_EQ(ChooseAttentionKernel(problem, true, 9), AttentionKernel::kHopper);
+  EXPECT_EQ(ChooseAttentionKernel(problem, true, 8), AttentionKernel::kTensorCore);
+  EXPECT_EQ(ChooseAttentionKernel(problem, false, 9), AttentionKernel::kProduct);
+  problem.head_size = 384;
+  EXPECT_EQ(ChooseAttentionKernel(problem, true, 9), AttentionKernel::kProduct);
+  problem.head_size = 64;
+  const float bias = 0.0f;
+  problem.relative_bias = &bias;
+  EXPECT_EQ(ChooseAttentionKernel(problem, true, 9), AttentionKernel::kTensorCore);
+  problem.relative_bias = nullptr;
+  const std::int32_t index = 0;
+  problem.list = {&index, &index, 1, 1, 128, 64};
+  EXPECT_EQ(ChooseAttentionKernel(problem, true, 9), AttentionKernel::kHopper);
+  problem.list.block_q = 48;
+  EXPECT_EQ(ChooseAttentionKernel(problem, true, 9), AttentionKernel::kRow);
+  problem.list.block_q = 64;
+  problem.dtype = DType::kF32;
+  EXPECT_EQ(ChooseAttentionKernel(problem, true, 9), AttentionKernel::kRow);
+}
+
+}  // namespace
+}  // namespace slalom::cuda
