@@ -1,7 +1,9 @@
 #include "scheduler/job_table.h"
 
 #include <algorithm>
+#include <bit>
 #include <cstdio>
+#include <map>
 #include <random>
 #include <sstream>
 
@@ -15,6 +17,8 @@ double Seconds(Clock::duration duration) { return std::chrono::duration<double>(
 Clock::duration FromSeconds(double seconds) {
   return std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(seconds));
 }
+
+std::uint64_t Bit(int worker) { return std::uint64_t{1} << worker; }
 
 std::string MakeId() {
   std::random_device random;
@@ -57,6 +61,9 @@ std::string WhereItStands(const Job& job) {
 int JobTable::AddWorker(const std::string& device, const std::string& description,
                         std::vector<std::string> models) {
   const std::lock_guard lock(mutex_);
+  if (workers_.size() == 64) {
+    throw Error(ErrorCode::kInvalidArgument, "one process drives at most 64 devices");
+  }
   WorkerRecord record;
   record.models = std::move(models);
   record.stats.device = device;
@@ -69,7 +76,7 @@ int JobTable::AddWorker(const std::string& device, const std::string& descriptio
 
 void JobTable::CheckRoom(const JobRequest& request, const ClipCost& cost) const {
   if (!accepting_) throw Error(ErrorCode::kUnavailable, "the server is shutting down");
-  if (HealthyWorkers(request.model) == 0) {
+  if (WorkersFor(request.model) == 0) {
     throw Error(ErrorCode::kUnavailable, "no working device serves model " + request.model);
   }
   if (FindLive(request.id) != nullptr) {
@@ -107,17 +114,21 @@ JobPtr JobTable::Insert(JobRequest request, const ClipCost& cost) {
   const std::lock_guard lock(mutex_);
   CheckRoom(job->request, cost);
   job->view.sequence = next_sequence_++;
+  job->devices = WorkersFor(job->request.model);
   if (const auto& deadline = job->request.deadline) {
     const double left = std::max(0.0, Seconds(*deadline - job->submitted));
     const double own = Policy::RemainingSeconds(job->view);
-    const double needed = EtaSeconds(*job);
+    const double needed = EtaSeconds(*job, CountAhead(*job));
     if (needed > left || left == 0.0) {
       throw Error(ErrorCode::kDeadlineExceeded,
                   "the job would take about " + Describe(needed) + " (" + Describe(needed - own) +
                       " of it waiting), its deadline is in " + Describe(left));
     }
   }
-  live_.push_back(job);
+  const auto place = std::upper_bound(
+      live_.begin(), live_.end(), job,
+      [](const JobPtr& a, const JobPtr& b) { return Policy::Before(a->view, b->view); });
+  live_.insert(place, job);
   return job;
 }
 
@@ -208,7 +219,7 @@ void JobTable::End(const JobPtr& job, const std::optional<Error>& error) {
   job->request.sink.reset();
 
   const std::lock_guard lock(mutex_);
-  finished_.push_front(StatusLocked(*job));
+  finished_.push_front(StatusLocked(*job, {}));
   while (static_cast<int>(finished_.size()) > options_.keep_finished) finished_.pop_back();
   std::erase(live_, job);
   Changed();
@@ -264,7 +275,7 @@ JobTable::Turn JobTable::NextTurn(int worker, std::uint64_t epoch) {
         continue;
       }
     } else if (job->owner != Job::kNoWorker || !job->published || job->end_reason ||
-               !Serves(worker, job->request.model)) {
+               (job->devices & Bit(worker)) == 0) {
       continue;
     }
     views.push_back(job->view);
@@ -294,6 +305,7 @@ void JobTable::Take(int worker, const Action& action, Turn* turn) {
   for (const JobPtr& job : taken) {
     if (action.kind == Action::Kind::kBegin) {
       job->owner = worker;
+      job->devices = Bit(worker);
       job->state = JobState::kEncoding;
     } else if (action.kind == Action::Kind::kDecode) {
       job->view.phase = JobView::Phase::kDecoding;
@@ -315,7 +327,7 @@ JobTable::Turn JobTable::NextSweep() {
     for (const JobPtr& job : live_) {
       if (job->owner != Job::kNoWorker || !job->published) continue;
       auto why = WhyEnd(*job, now, &look_again);
-      if (!why && HealthyWorkers(job->request.model) == 0) {
+      if (!why && job->devices == 0) {
         why = Error(ErrorCode::kUnavailable,
                     "no working device serves model " + job->request.model + " any more");
       }
@@ -397,23 +409,22 @@ void JobTable::AddBusy(int worker, double seconds) {
 void JobTable::MarkLost(int worker) {
   const std::lock_guard lock(mutex_);
   workers_[static_cast<std::size_t>(worker)].stats.healthy = false;
+  for (const JobPtr& job : live_) job->devices &= ~Bit(worker);
   Changed();
 }
 
 // --- Questions ---
 
-bool JobTable::Serves(int worker, const std::string& model) const {
-  const WorkerRecord& record = workers_[static_cast<std::size_t>(worker)];
-  return record.stats.healthy &&
-         std::find(record.models.begin(), record.models.end(), model) != record.models.end();
-}
-
-int JobTable::HealthyWorkers(const std::string& model) const {
-  int count = 0;
+std::uint64_t JobTable::WorkersFor(const std::string& model) const {
+  std::uint64_t bits = 0;
   for (std::size_t i = 0; i < workers_.size(); ++i) {
-    count += Serves(static_cast<int>(i), model) ? 1 : 0;
+    const std::vector<std::string>& models = workers_[i].models;
+    if (workers_[i].stats.healthy &&
+        std::find(models.begin(), models.end(), model) != models.end()) {
+      bits |= Bit(static_cast<int>(i));
+    }
   }
-  return count;
+  return bits;
 }
 
 Job* JobTable::FindLive(const std::string& id) const {
@@ -424,32 +435,25 @@ Job* JobTable::FindLive(const std::string& id) const {
 }
 
 JobTable::Ahead JobTable::CountAhead(const Job& job) const {
-  const bool begun = job.owner >= 0;
-  const auto may_run_on = [&](const Job& j, int worker) {
-    return j.owner >= 0 ? j.owner == worker : Serves(worker, j.request.model);
-  };
   Ahead ahead;
-  if (!begun) ahead.devices = std::max(1, HealthyWorkers(job.request.model));
   for (const JobPtr& other : live_) {
-    if (other.get() == &job || IsFinal(other->state) || other->view.stalled()) continue;
-    if (!Policy::Before(other->view, job.view)) continue;
-    bool rival = false;
-    for (int w = 0; w < static_cast<int>(workers_.size()) && !rival; ++w) {
-      rival = may_run_on(job, w) && may_run_on(*other, w);
+    // The others come later. A job that is being admitted is not in the list yet.
+    if (!Policy::Before(other->view, job.view)) break;
+    if ((other->devices & job.devices) == 0 || IsFinal(other->state) || other->view.stalled()) {
+      continue;
     }
-    if (!rival) continue;
     ++ahead.jobs;
     ahead.seconds += Policy::RemainingSeconds(other->view);
   }
   return ahead;
 }
 
-double JobTable::EtaSeconds(const Job& job) const {
-  const Ahead ahead = CountAhead(job);
-  return ahead.seconds / ahead.devices + Policy::RemainingSeconds(job.view);
+double JobTable::EtaSeconds(const Job& job, const Ahead& ahead) {
+  return ahead.seconds / std::max(1, std::popcount(job.devices)) +
+         Policy::RemainingSeconds(job.view);
 }
 
-JobStatus JobTable::StatusLocked(const Job& job) const {
+JobStatus JobTable::StatusLocked(const Job& job, const Ahead& ahead) const {
   JobStatus status;
   status.id = job.request.id;
   status.model = job.request.model;
@@ -461,8 +465,8 @@ JobStatus JobTable::StatusLocked(const Job& job) const {
   status.step = job.request.spec.steps - job.view.steps_left;
   status.frames = job.frames;
   if (!IsFinal(job.state)) {
-    if (job.state == JobState::kQueued) status.queue_position = CountAhead(job).jobs;
-    status.eta_seconds = EtaSeconds(job);
+    if (job.state == JobState::kQueued) status.queue_position = ahead.jobs;
+    status.eta_seconds = EtaSeconds(job, ahead);
   }
   status.submitted = job.submitted_at;
   status.error = job.error;
@@ -476,7 +480,7 @@ Progress JobTable::ProgressLocked(const Job& job) const {
   progress.step = progress.steps - job.view.steps_left;
   progress.frames = job.frames;
   progress.num_frames = job.request.spec.num_frames;
-  progress.eta_seconds = EtaSeconds(job);
+  progress.eta_seconds = EtaSeconds(job, CountAhead(job));
   if (job.generation) {
     const ClipStatistics& statistics = job.generation->statistics();
     progress.step_seconds = statistics.last_step_seconds;
@@ -487,9 +491,9 @@ Progress JobTable::ProgressLocked(const Job& job) const {
 
 std::optional<JobStatus> JobTable::Find(const std::string& id) const {
   const std::lock_guard lock(mutex_);
-  if (const Job* job = FindLive(id)) return StatusLocked(*job);
+  if (const Job* job = FindLive(id)) return StatusLocked(*job, CountAhead(*job));
   for (const JobPtr& job : live_) {  // over, but its sink is still being told
-    if (job->request.id == id) return StatusLocked(*job);
+    if (job->request.id == id) return StatusLocked(*job, {});
   }
   for (const JobStatus& status : finished_) {
     if (status.id == id) return status;
@@ -503,15 +507,29 @@ std::vector<JobStatus> JobTable::List() const {
   std::sort(live.begin(), live.end(),
             [](const JobPtr& a, const JobPtr& b) { return Policy::Before(a->view, b->view); });
   std::vector<JobStatus> list;
-  list.reserve(live.size() + finished_.size());
-  for (const JobPtr& job : live) list.push_back(StatusLocked(*job));
+  list.reserve(live_.size() + finished_.size());
+  // CountAhead for all of them in one pass: sums by set of devices, of which there are few.
+  std::map<std::uint64_t, Ahead> sums;
+  for (const JobPtr& job : live_) {
+    Ahead ahead;
+    for (const auto& [devices, sum] : sums) {
+      if ((devices & job->devices) == 0) continue;
+      ahead.jobs += sum.jobs;
+      ahead.seconds += sum.seconds;
+    }
+    list.push_back(StatusLocked(*job, ahead));
+    if (IsFinal(job->state) || job->view.stalled()) continue;
+    Ahead& sum = sums[job->devices];
+    ++sum.jobs;
+    sum.seconds += Policy::RemainingSeconds(job->view);
+  }
   list.insert(list.end(), finished_.begin(), finished_.end());
   return list;
 }
 
 JobStatus JobTable::Status(const JobPtr& job) const {
   const std::lock_guard lock(mutex_);
-  return StatusLocked(*job);
+  return StatusLocked(*job, CountAhead(*job));
 }
 
 SchedulerStats JobTable::Stats() const {

@@ -32,8 +32,9 @@ struct Job {
   std::chrono::system_clock::time_point submitted_at;
 
   // Guarded by the table's mutex.
-  int owner = kNoWorker;   // the worker that has begun it, or that nobody may begin it any more
-  bool published = false;  // OnAccepted has returned
+  int owner = kNoWorker;      // the worker that has begun it, or that nobody may begin it any more
+  bool published = false;     // OnAccepted has returned
+  std::uint64_t devices = 0;  // bit w: worker w may run it; only its owner's, once it has begun
   JobState state = JobState::kQueued;
   JobView view;  // its keys refer to the strings below
   std::string batch_key;
@@ -59,7 +60,8 @@ class JobTable {
  public:
   explicit JobTable(const SchedulerOptions& options) : options_(options) {}
 
-  // Before any job comes. Returns the worker's index.
+  // Before any job comes. Returns the worker's index. Throws Error(kInvalidArgument) when there are
+  // more than 64.
   int AddWorker(const std::string& device, const std::string& description,
                 std::vector<std::string> models);
 
@@ -134,8 +136,7 @@ class JobTable {
 
   // All with mutex_ held.
   void Changed();
-  bool Serves(int worker, const std::string& model) const;
-  int HealthyWorkers(const std::string& model) const;
+  std::uint64_t WorkersFor(const std::string& model) const;  // healthy ones, as bits
   void CheckRoom(const JobRequest& request, const ClipCost& cost) const;
   Job* FindLive(const std::string& id) const;
   bool RequestEndLocked(Job& job, const Error& reason);
@@ -143,11 +144,10 @@ class JobTable {
   struct Ahead {
     int jobs = 0;
     double seconds = 0;  // of one device
-    int devices = 1;
   };
   Ahead CountAhead(const Job& job) const;
-  double EtaSeconds(const Job& job) const;
-  JobStatus StatusLocked(const Job& job) const;
+  static double EtaSeconds(const Job& job, const Ahead& ahead);
+  JobStatus StatusLocked(const Job& job, const Ahead& ahead) const;
   Progress ProgressLocked(const Job& job) const;
   void UpdateStall(Job& job, SchedulerClock::time_point now) const;
   // Why the job may not go on, if so; else when to look again, if earlier than `*look_again`.
@@ -164,7 +164,7 @@ class JobTable {
   bool accepting_ = true;
   bool stop_ = false;
   std::vector<WorkerRecord> workers_;
-  std::vector<JobPtr> live_;        // by arrival
+  std::vector<JobPtr> live_;        // in the policy's order
   std::deque<JobStatus> finished_;  // newest first
 };
 

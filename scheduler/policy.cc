@@ -22,8 +22,13 @@ class Planner {
       if (!jobs[i].deadline || *jobs[i].deadline > now) order_.push_back(i);
       Count(jobs[i]);
     }
-    std::sort(order_.begin(), order_.end(),
-              [&](std::size_t a, std::size_t b) { return Policy::Before(jobs_[a], jobs_[b]); });
+    const auto before = [&](std::size_t a, std::size_t b) {
+      return Policy::Before(jobs_[a], jobs_[b]);
+    };
+    // Usually they come in order.
+    if (!std::is_sorted(order_.begin(), order_.end(), before)) {
+      std::sort(order_.begin(), order_.end(), before);
+    }
   }
 
   Action Plan() const {

@@ -392,6 +392,7 @@ TEST_F(SchedulerTest, UnknownModelsAreNotFound) {
 
 TEST_F(SchedulerTest, FindAndListKnowLiveAndFinishedJobs) {
   options_.keep_finished = 1;
+  fake_.cost.step_seconds = 2.0;
   journal().Hold();
   Start();
   const auto a = Submit("a", Priority::kLow);
@@ -406,6 +407,13 @@ TEST_F(SchedulerTest, FindAndListKnowLiveAndFinishedJobs) {
   EXPECT_EQ(live[1].device, "cpu");
   EXPECT_EQ(live[2].id, "b");
   EXPECT_EQ(live[2].queue_position, 2);
+  for (const JobStatus& status : live) {  // List counts in one pass what Find counts singly
+    const auto found = scheduler_->Find(status.id);
+    ASSERT_TRUE(found);
+    EXPECT_EQ(found->queue_position, status.queue_position);
+    EXPECT_DOUBLE_EQ(found->eta_seconds, status.eta_seconds);
+  }
+  EXPECT_NEAR(live[2].eta_seconds, 3 * 4 * 2.0, 1e-9);
   EXPECT_EQ(scheduler_->Stats().in_flight, 1);
   journal().Release();
   EXPECT_TRUE(scheduler_->Drain(In(std::chrono::seconds(10))));
