@@ -9,12 +9,6 @@
 
 #include "kernels/cuda/context.h"
 
-#if defined(__CUDACC__)
-#define SLALOM_HOST_DEVICE __host__ __device__
-#else
-#define SLALOM_HOST_DEVICE
-#endif
-
 namespace slalom::cuda {
 
 struct ConvShape {
@@ -24,24 +18,24 @@ struct ConvShape {
   int history = 0;   // frames in front of x
   int doubling = 0;  // 1: every pixel and line of x counts twice
 
-  SLALOM_HOST_DEVICE int out_height() const { return height << doubling; }
-  SLALOM_HOST_DEVICE int out_width() const { return width << doubling; }
-  SLALOM_HOST_DEVICE std::int64_t pixels() const {
+  __host__ __device__ int out_height() const { return height << doubling; }
+  __host__ __device__ int out_width() const { return width << doubling; }
+  __host__ __device__ std::int64_t pixels() const {
     return static_cast<std::int64_t>(frames) * out_height() * out_width();
   }
-  SLALOM_HOST_DEVICE int depth() const { return kt * kh * kw * channels_in; }
+  __host__ __device__ int depth() const { return kt * kh * kw * channels_in; }
 };
 
 // A tap of the kernel and a channel: one value of k.
 struct ConvTap {
   int dt = 0, dy = 0, dx = 0, channel = 0;
 
-  SLALOM_HOST_DEVICE static ConvTap At(const ConvShape& shape, int k) {
+  __host__ __device__ static ConvTap At(const ConvShape& shape, int k) {
     const int tap = k / shape.channels_in;
     return {tap / (shape.kh * shape.kw), tap / shape.kw % shape.kh, tap % shape.kw,
             k % shape.channels_in};
   }
-  SLALOM_HOST_DEVICE void Advance(const ConvShape& shape, int step) {
+  __host__ __device__ void Advance(const ConvShape& shape, int step) {
     channel += step;
     while (channel >= shape.channels_in) {
       channel -= shape.channels_in;
@@ -57,7 +51,7 @@ struct ConvTap {
 struct ConvPixel {
   int t = 0, y = 0, x = 0;
 
-  SLALOM_HOST_DEVICE static ConvPixel At(const ConvShape& shape, std::int64_t index) {
+  __host__ __device__ static ConvPixel At(const ConvShape& shape, std::int64_t index) {
     const int width = shape.out_width();
     const int height = shape.out_height();
     return {static_cast<int>(index / width / height), static_cast<int>(index / width % height),
@@ -72,8 +66,8 @@ struct ConvSource {
   Place place = Place::kNowhere;
   std::int64_t offset = 0;
 
-  SLALOM_HOST_DEVICE static ConvSource Find(const ConvShape& shape, const ConvPixel& pixel,
-                                            const ConvTap& tap) {
+  __host__ __device__ static ConvSource Find(const ConvShape& shape, const ConvPixel& pixel,
+                                             const ConvTap& tap) {
     const int y = pixel.y + tap.dy - shape.kh / 2;
     const int x = pixel.x + tap.dx - shape.kw / 2;
     if (tap.dt >= shape.kt || y < 0 || y >= shape.out_height() || x < 0 || x >= shape.out_width()) {
@@ -108,5 +102,3 @@ void TensorCoreConv(const Context& context, const ConvProblem& problem);
 void SimpleConv(const Context& context, const ConvProblem& problem, DType type);
 
 }  // namespace slalom::cuda
-
-#undef SLALOM_HOST_DEVICE

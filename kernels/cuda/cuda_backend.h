@@ -20,6 +20,9 @@ class CudaBackend final : public Backend {
   CudaBackend(int index, const BackendOptions& options);
   ~CudaBackend() override;
 
+  // For tests and benches that choose a kernel themselves.
+  const Context& context() const { return context_; }
+
   Device device() const override { return context_.device; }
   DType preferred_dtype() const override { return preferred_; }
   std::string Describe() const override { return description_; }

@@ -161,7 +161,9 @@ struct CombineFunction {
   template <int kWidth>
   __device__ void Apply(std::int64_t first) const {
     float sum[kWidth] = {};
-    for (int i = 0; i < count; ++i) {
+#pragma unroll
+    for (int i = 0; i < kMaxCombined; ++i) {
+      if (i >= count) break;
       float v[kWidth];
       LoadFloats<kWidth>(inputs[i] + first, v);
 #pragma unroll

@@ -28,37 +28,45 @@ bool HasBias(GemmArgs::Epilogue epilogue) {
   return epilogue == GemmArgs::Epilogue::kBias || epilogue == GemmArgs::Epilogue::kGeluBias;
 }
 
-// The largest power of two up to 256 that divides the address: what the library may rely on.
-std::int64_t Alignment(const void* pointer) {
-  const auto address = reinterpret_cast<std::uintptr_t>(pointer);
-  std::int64_t alignment = 256;
-  while (address % static_cast<std::uintptr_t>(alignment) != 0) alignment /= 2;
-  return alignment;
+constexpr std::int64_t kTypicalRows = 16384;   // m that kernels are chosen for
+constexpr std::uintptr_t kBestAlignment = 16;  // bytes; no kernel asks for more
+
+// What the library may rely on for every row of a matrix with this stride.
+std::int64_t Alignment(const void* pointer, std::int64_t stride, DType type) {
+  const auto bits = reinterpret_cast<std::uintptr_t>(pointer) |
+                    static_cast<std::uintptr_t>(stride) * ByteSize(type) | kBestAlignment;
+  return static_cast<std::int64_t>(bits & ~(bits - 1));
 }
 
+// A column-major matrix as the library counts.
 struct Layout {
-  cublasLtMatrixLayout_t handle = nullptr;
+  cublasLtMatrixLayoutOpaque_t value{};
 
-  Layout() = default;
-  Layout(const Layout&) = delete;
-  Layout& operator=(const Layout&) = delete;
-  ~Layout() {
-    if (handle != nullptr) cublasLtMatrixLayoutDestroy(handle);
-  }
-  // Column-major, as the library counts.
-  void Create(DType type, std::int64_t rows, std::int64_t columns, std::int64_t leading,
-              std::int64_t batch, std::int64_t stride) {
-    Check(cublasLtMatrixLayoutCreate(&handle, LibraryType(type), static_cast<std::uint64_t>(rows),
-                                     static_cast<std::uint64_t>(columns), leading),
-          "cublasLtMatrixLayoutCreate");
+  Layout(DType type, std::int64_t rows, std::int64_t columns, std::int64_t leading,
+         std::int64_t batch, std::int64_t stride) {
+    Check(cublasLtMatrixLayoutInit(&value, LibraryType(type), static_cast<std::uint64_t>(rows),
+                                   static_cast<std::uint64_t>(columns), leading),
+          "cublasLtMatrixLayoutInit");
     const auto count = static_cast<std::int32_t>(batch);
-    Check(cublasLtMatrixLayoutSetAttribute(handle, CUBLASLT_MATRIX_LAYOUT_BATCH_COUNT, &count,
+    Check(cublasLtMatrixLayoutSetAttribute(&value, CUBLASLT_MATRIX_LAYOUT_BATCH_COUNT, &count,
                                            sizeof(count)),
           "batch count");
-    Check(cublasLtMatrixLayoutSetAttribute(handle, CUBLASLT_MATRIX_LAYOUT_STRIDED_BATCH_OFFSET,
+    Check(cublasLtMatrixLayoutSetAttribute(&value, CUBLASLT_MATRIX_LAYOUT_STRIDED_BATCH_OFFSET,
                                            &stride, sizeof(stride)),
           "batch stride");
   }
+};
+
+// The library computes column-major; a row-major matrix is its transpose there. So out^T = b^T a^T:
+// the library's first factor is our b, its second our a.
+struct Layouts {
+  Layout first, second, result;
+
+  Layouts(const GemmArgs& args, std::int64_t m)
+      : first(args.in_type, args.b_is_kn ? args.n : args.k, args.b_is_kn ? args.k : args.n,
+              args.ldb, args.batch, args.b_stride),
+        second(args.in_type, args.k, m, args.lda, args.batch, args.a_stride),
+        result(args.out_type, args.n, m, args.ldo, args.batch, args.out_stride) {}
 };
 
 struct Preference {
@@ -77,11 +85,8 @@ struct Preference {
 
 }  // namespace
 
-// The library computes column-major; a row-major matrix is its transpose there. So out^T = b^T a^T:
-// the library's first factor is our b, its second our a.
 struct Gemm::Plan {
   cublasLtMatmulDesc_t operation = nullptr;
-  Layout first, second, result;
   cublasLtMatmulAlgo_t algorithm{};
   std::size_t workspace_bytes = 0;
   bool supported = false;
@@ -119,29 +124,30 @@ std::unique_ptr<Gemm::Plan> Gemm::MakePlan(const GemmArgs& args) const {
     plan->Set(CUBLASLT_MATMUL_DESC_BIAS_POINTER, args.bias);
     plan->Set(CUBLASLT_MATMUL_DESC_BIAS_DATA_TYPE, LibraryType(args.out_type));
   }
-  plan->first.Create(args.in_type, args.b_is_kn ? args.n : args.k, args.b_is_kn ? args.k : args.n,
-                     args.ldb, args.batch, args.b_stride);
-  plan->second.Create(args.in_type, args.k, args.m, args.lda, args.batch, args.a_stride);
-  plan->result.Create(args.out_type, args.n, args.m, args.ldo, args.batch, args.out_stride);
-
   Preference preference;
   const void* residual = args.beta != 0.0f ? args.residual : args.out;
+  const auto alignment = [](const void* pointer, std::int64_t stride, DType type) {
+    return static_cast<std::uint32_t>(Alignment(pointer, stride, type));
+  };
   preference.Set(CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES,
                  static_cast<std::uint64_t>(workspace_.NumBytes()));
+  preference.Set(CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK,
+                 static_cast<std::uint32_t>(CUBLASLT_REDUCTION_SCHEME_NONE));
   preference.Set(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES,
-                 static_cast<std::uint32_t>(Alignment(args.b)));
+                 alignment(args.b, args.ldb, args.in_type));
   preference.Set(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES,
-                 static_cast<std::uint32_t>(Alignment(args.a)));
+                 alignment(args.a, args.lda, args.in_type));
   preference.Set(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES,
-                 static_cast<std::uint32_t>(Alignment(residual)));
+                 alignment(residual, args.ldo, args.out_type));
   preference.Set(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES,
-                 static_cast<std::uint32_t>(Alignment(args.out)));
+                 alignment(args.out, args.ldo, args.out_type));
 
+  Layouts layouts(args, kTypicalRows);
   cublasLtMatmulHeuristicResult_t found{};
   int count = 0;
   const cublasStatus_t status = cublasLtMatmulAlgoGetHeuristic(
-      handle_, plan->operation, plan->first.handle, plan->second.handle, plan->result.handle,
-      plan->result.handle, preference.handle, 1, &found, &count);
+      handle_, plan->operation, &layouts.first.value, &layouts.second.value, &layouts.result.value,
+      &layouts.result.value, preference.handle, 1, &found, &count);
   plan->supported =
       status == CUBLAS_STATUS_SUCCESS && count > 0 && found.state == CUBLAS_STATUS_SUCCESS;
   plan->algorithm = found.algo;
@@ -152,8 +158,7 @@ std::unique_ptr<Gemm::Plan> Gemm::MakePlan(const GemmArgs& args) const {
 bool Gemm::TryRun(const GemmArgs& args) {
   if (args.m == 0 || args.n == 0 || args.batch == 0) return true;
   const void* residual = args.beta != 0.0f ? args.residual : args.out;
-  const Key key{args.m,
-                args.n,
+  const Key key{args.n,
                 args.k,
                 args.lda,
                 args.ldb,
@@ -166,20 +171,25 @@ bool Gemm::TryRun(const GemmArgs& args) {
                 static_cast<std::int64_t>(args.out_type),
                 static_cast<std::int64_t>(args.epilogue) * 4 + (args.b_is_kn ? 2 : 0) +
                     (args.beta != 0.0f ? 1 : 0),
-                Alignment(args.a),
-                Alignment(args.b),
-                Alignment(args.out),
-                Alignment(residual),
-                HasBias(args.epilogue) ? Alignment(args.bias) : 0};
+                Alignment(args.a, args.lda, args.in_type),
+                Alignment(args.b, args.ldb, args.in_type),
+                Alignment(args.out, args.ldo, args.out_type),
+                Alignment(residual, args.ldo, args.out_type),
+                HasBias(args.epilogue) ? Alignment(args.bias, 0, args.out_type) : 0};
   std::unique_ptr<Plan>& plan = plans_[key];
   if (plan == nullptr) plan = MakePlan(args);
   if (!plan->supported) return false;
   if (HasBias(args.epilogue)) plan->Set(CUBLASLT_MATMUL_DESC_BIAS_POINTER, args.bias);
-  Check(cublasLtMatmul(handle_, plan->operation, &args.alpha, args.b, plan->first.handle, args.a,
-                       plan->second.handle, &args.beta, residual, plan->result.handle, args.out,
-                       plan->result.handle, &plan->algorithm, workspace_.raw(),
-                       plan->workspace_bytes, stream_),
-        "cublasLtMatmul");
+  Layouts layouts(args, args.m);
+  const cublasStatus_t status = cublasLtMatmul(
+      handle_, plan->operation, &args.alpha, args.b, &layouts.first.value, args.a,
+      &layouts.second.value, &args.beta, residual, &layouts.result.value, args.out,
+      &layouts.result.value, &plan->algorithm, workspace_.raw(), plan->workspace_bytes, stream_);
+  if (status == CUBLAS_STATUS_NOT_SUPPORTED) {
+    plan->supported = false;
+    return false;
+  }
+  Check(status, "cublasLtMatmul");
   return true;
 }
 

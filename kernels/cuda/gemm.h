@@ -1,4 +1,4 @@
-// Matrix products by cuBLASLt, with plans that are found once per shape.
+// Matrix products by cuBLASLt, with plans that are found once per kind of product.
 #pragma once
 
 #include <cublasLt.h>
@@ -38,6 +38,10 @@ struct GemmArgs {
 };
 
 // Owns the library handle, the workspace and the plans. For the backend's one thread.
+//
+// A row of out has the same bits whatever m is: the library's kernel, which decides in what order
+// the sum over k runs, is chosen for (n, k), types and strides alone, as if m were large, and never
+// splits k. Alignment is taken from the strides, so that slices of a tensor count as the whole.
 class Gemm {
  public:
   // `workspace` stays alive as long as this; its size bounds what the library may choose.
@@ -54,7 +58,7 @@ class Gemm {
 
  private:
   struct Plan;
-  using Key = std::array<std::int64_t, 18>;
+  using Key = std::array<std::int64_t, 17>;
 
   std::unique_ptr<Plan> MakePlan(const GemmArgs& args) const;
 

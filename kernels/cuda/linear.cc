@@ -1,7 +1,5 @@
 // Linear layers: what the library can fuse it fuses (bias, GELU, a plain residual); a gate or SiLU
-// takes one pass of ours over the product. A row's bits must not depend on the batch, and the
-// library chooses its kernel by the number of rows: so x of rank 3 and more is multiplied one
-// leading element at a time, and few rows take a kernel of ours.
+// takes one pass of ours over the product.
 #include "kernels/core/error.h"
 #include "kernels/cuda/check.h"
 #include "kernels/cuda/gemm.h"
@@ -10,11 +8,8 @@
 namespace slalom::cuda {
 namespace {
 
-constexpr std::int64_t kFewRows = 16;
-
 struct LinearShape {
   std::int64_t m, n, k;
-  std::int64_t products;  // equal parts of the rows that are multiplied apart
 };
 
 LinearShape CheckLinear(const LinearArgs& args) {
@@ -40,7 +35,7 @@ LinearShape CheckLinear(const LinearArgs& args) {
                 args.gate.NumElements() == args.gate.dim(0) * n && m % args.gate.dim(0) == 0,
             "Linear: gate is not [B, N] f32 with M divisible by B");
   }
-  return {m, n, k, args.x.shape().rank() >= 3 && m > 0 ? args.x.dim(0) : 1};
+  return {m, n, k};
 }
 
 // What the library's epilogue does; the rest is left to LinearEpilogue.
@@ -65,7 +60,7 @@ Fusion ChooseFusion(const LinearArgs& args) {
 bool RunProduct(const Context& context, const LinearArgs& args, const LinearShape& shape,
                 const Fusion& fusion, const Tensor& out) {
   GemmArgs gemm;
-  gemm.m = shape.m / shape.products;
+  gemm.m = shape.m;
   gemm.n = shape.n;
   gemm.k = shape.k;
   gemm.in_type = args.x.dtype();
@@ -92,19 +87,7 @@ bool RunProduct(const Context& context, const LinearArgs& args, const LinearShap
   gemm.epilogue = fusion.gelu
                       ? (fusion.bias ? GemmArgs::Epilogue::kGeluBias : GemmArgs::Epilogue::kGelu)
                       : (fusion.bias ? GemmArgs::Epilogue::kBias : GemmArgs::Epilogue::kNone);
-  const auto advance = [](std::int64_t elements, DType type) {
-    return elements * static_cast<std::int64_t>(ByteSize(type));
-  };
-  for (std::int64_t i = 0; i < shape.products; ++i) {
-    if (!context.gemm->TryRun(gemm)) return false;  // the first says so for all
-    gemm.a = static_cast<const std::byte*>(gemm.a) + advance(gemm.m * shape.k, gemm.in_type);
-    gemm.out = static_cast<std::byte*>(gemm.out) + advance(gemm.m * shape.n, gemm.out_type);
-    if (gemm.residual != nullptr) {
-      gemm.residual =
-          static_cast<const std::byte*>(gemm.residual) + advance(gemm.m * shape.n, gemm.out_type);
-    }
-  }
-  return true;
+  return context.gemm->TryRun(gemm);
 }
 
 }  // namespace
@@ -112,7 +95,6 @@ bool RunProduct(const Context& context, const LinearArgs& args, const LinearShap
 void Linear(const Context& context, const LinearArgs& args) {
   const LinearShape shape = CheckLinear(args);
   if (shape.m == 0 || shape.n == 0) return;
-  if (args.x.shape().rank() < 3 && shape.m <= kFewRows) return FewRowsLinear(context, args);
   const Fusion fusion = ChooseFusion(args);
   const bool whole = args.bias.defined() == fusion.bias &&
                      args.residual.defined() == fusion.residual &&
@@ -123,9 +105,7 @@ void Linear(const Context& context, const LinearArgs& args) {
   const bool aliased = args.residual.defined() && args.residual.raw() == args.out.raw();
   const Tensor product = aliased ? context.Allocate(args.out.shape(), args.out.dtype()) : args.out;
   if (!RunProduct(context, args, shape, Fusion{}, product)) {
-    throw Error(ErrorCode::kInternal, "Linear: cuBLASLt has no kernel for " +
-                                          ToString(args.x.shape()) + " x " +
-                                          ToString(args.weight.shape()));
+    return SimpleLinear(context, args);  // odd sizes that the library has no kernel for
   }
   EpilogueArgs epilogue;
   epilogue.y = product;

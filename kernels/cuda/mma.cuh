@@ -1,8 +1,9 @@
-// Tensor cores and asynchronous copies as sm_80 has them: mma.sync, ldmatrix, cp.async; and the
-// swizzle of shared memory rows that keeps ldmatrix free of bank conflicts.
+// Tensor cores and asynchronous copies as sm_80 has them: mma.sync, ldmatrix, cp.async.
 #pragma once
 
 #include <cstdint>
+
+#include "kernels/cuda/swizzle.cuh"
 
 namespace slalom::cuda {
 
@@ -40,21 +41,6 @@ __device__ inline void CopyAsyncCommit() { asm volatile("cp.async.commit_group;\
 template <int kPending>
 __device__ inline void CopyAsyncWait() {
   asm volatile("cp.async.wait_group %0;\n" ::"n"(kPending) : "memory");
-}
-
-// Byte offset of a 16-byte chunk in a tile of rows of kChunks chunks, kChunks a power of two. The
-// chunks of a row are permuted by its number, so that the 8 rows of a matrix lie in 8 different
-// bank groups.
-template <int kChunks>
-__host__ __device__ constexpr int SwizzledOffset(int row, int chunk) {
-  static_assert((kChunks & (kChunks - 1)) == 0);
-  if constexpr (kChunks >= 8) {
-    return (row * kChunks + (chunk ^ (row & 7))) * 16;
-  } else {
-    // Several rows share 128 bytes: permute by the number of that line instead.
-    constexpr int kRowsPerLine = 8 / kChunks;
-    return (row * kChunks + (chunk ^ (row / kRowsPerLine & (kChunks - 1)))) * 16;
-  }
 }
 
 }  // namespace slalom::cuda

@@ -39,9 +39,9 @@ struct LayerNormOp {
       for (int j = 0; j < kWidth; ++j) y[j] = y[j] * a[j] + b[j];
     }
     if (scale != nullptr) {
-      const std::int64_t sample = row / rows_per_sample;
-      LoadFloats<kWidth>(scale + sample * columns + column, a);
-      LoadFloats<kWidth>(shift + sample * columns + column, b);
+      const unsigned sample = static_cast<unsigned>(row) / static_cast<unsigned>(rows_per_sample);
+      LoadFloats<kWidth>(scale + std::int64_t{sample} * columns + column, a);
+      LoadFloats<kWidth>(shift + std::int64_t{sample} * columns + column, b);
 #pragma unroll
       for (int j = 0; j < kWidth; ++j) y[j] = y[j] * (1.0f + a[j]) + b[j];
     }
@@ -116,7 +116,8 @@ struct QkNormRopeOp {
       for (int j = 0; j < kWidth; ++j) y[j] = fmaxf(y[j], 0.0f);
     }
     if (cos != nullptr) {
-      const std::int64_t first = (row % length) * (head_size / 2) + (column % head_size) / 2;
+      const unsigned token = static_cast<unsigned>(row) % static_cast<unsigned>(length);
+      const std::int64_t first = std::int64_t{token} * (head_size / 2) + column % head_size / 2;
 #pragma unroll
       for (int j = 0; j < kWidth; j += 2) {
         const float c = cos[first + j / 2];

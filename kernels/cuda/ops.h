@@ -16,9 +16,9 @@ void ChannelNorm(const Context& context, const ChannelNormArgs& args);
 // linear.cc
 void Linear(const Context& context, const LinearArgs& args);
 
-// few_rows.cu
-// The same for checked arguments and a handful of rows, all epilogues included.
-void FewRowsLinear(const Context& context, const LinearArgs& args);
+// simple_linear.cu
+// The same, for checked arguments of any size; slow for many rows.
+void SimpleLinear(const Context& context, const LinearArgs& args);
 
 // elementwise.cu
 void Modulation(const Context& context, const ModulationArgs& args);

@@ -107,7 +107,9 @@ TEST(Arena, BlocksNeverOverlap) {
     ASSERT_NE(memory, nullptr);
     ASSERT_EQ(reinterpret_cast<std::uintptr_t>(memory) % Arena::kGranularity, 0u);
     const auto next = live.upper_bound(memory);
-    if (next != live.end()) ASSERT_LE(memory + bytes, next->first);
+    if (next != live.end()) {
+      ASSERT_LE(memory + bytes, next->first);
+    }
     if (next != live.begin()) {
       const auto previous = std::prev(next);
       ASSERT_LE(previous->first + previous->second, memory);

@@ -1,14 +1,11 @@
 // The walk along key blocks covers the listed keys, each once.
+#include "kernels/cuda/attention/key_blocks.cuh"
+
 #include <gtest/gtest.h>
 
 #include <algorithm>
 #include <random>
 #include <vector>
-
-// Host only: the functions are plain C++ when no CUDA compiler reads them.
-#define __host__
-#define __device__
-#include "kernels/cuda/attention/key_blocks.cuh"
 
 namespace slalom::cuda {
 namespace {

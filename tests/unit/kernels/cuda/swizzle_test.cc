@@ -1,11 +1,9 @@
 // The swizzle of shared memory rows: a permutation, and free of bank conflicts for ldmatrix.
+#include "kernels/cuda/swizzle.cuh"
+
 #include <gtest/gtest.h>
 
 #include <set>
-
-#define __host__
-#define __device__
-#include "kernels/cuda/swizzle.cuh"
 
 namespace slalom::cuda {
 namespace {

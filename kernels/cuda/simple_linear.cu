@@ -1,5 +1,5 @@
-// Linear for the few rows of timestep networks: bound by reading the weight once. A warp computes
-// one output column for all rows; the order of each sum follows from K alone.
+// Linear for the sizes and alignments that the library has no kernel for. A warp computes one
+// output column, row after row; the order of each sum follows from K alone.
 #include "kernels/cuda/check.h"
 #include "kernels/cuda/ops.h"
 #include "kernels/cuda/reduce.cuh"
@@ -24,7 +24,7 @@ struct Parameters {
 };
 
 template <typename T, typename Out, int kWidth>
-__global__ void __launch_bounds__(kWarps * 32) FewRowsKernel(const Parameters<T, Out> p) {
+__global__ void __launch_bounds__(kWarps * 32) SimpleLinearKernel(const Parameters<T, Out> p) {
   const std::int64_t column = static_cast<std::int64_t>(blockIdx.x) * kWarps + threadIdx.x / 32;
   const int lane = threadIdx.x % 32;
   if (column >= p.n) return;
@@ -67,16 +67,16 @@ void Launch(const Context& context, const LinearArgs& args) {
   const bool vectors = k % 8 == 0 && reinterpret_cast<std::uintptr_t>(p.x) % 16 == 0 &&
                        reinterpret_cast<std::uintptr_t>(p.weight) % 16 == 0;
   if (vectors) {
-    FewRowsKernel<T, Out, 8><<<blocks, kWarps * 32, 0, context.stream>>>(p);
+    SimpleLinearKernel<T, Out, 8><<<blocks, kWarps * 32, 0, context.stream>>>(p);
   } else {
-    FewRowsKernel<T, Out, 1><<<blocks, kWarps * 32, 0, context.stream>>>(p);
+    SimpleLinearKernel<T, Out, 1><<<blocks, kWarps * 32, 0, context.stream>>>(p);
   }
-  CheckLaunch("FewRowsLinear");
+  CheckLaunch("SimpleLinear");
 }
 
 }  // namespace
 
-void FewRowsLinear(const Context& context, const LinearArgs& args) {
+void SimpleLinear(const Context& context, const LinearArgs& args) {
   if (args.x.dtype() == DType::kF32) {
     Launch<float, float>(context, args);
   } else if (args.out.dtype() == DType::kF32) {
