@@ -83,18 +83,22 @@ std::size_t StepBytes(const ModelConfig& config, const ClipSpec& spec, DType dty
   const std::int64_t samples = SamplesPerStep(spec);
 
   // In T: the layer's input, then q, k, v and the output, or the MLP's hidden rows. SALAD also
-  // keeps q and k as they were before rotation, and its linear branch.
+  // keeps q and k as they were before rotation, and its linear branch. In f32: the residual
+  // stream, and keys and values as a back end may pack them for its attention.
   const std::int64_t attention = spec.attention == AttentionKind::kSalad ? 8 * dim : 4 * dim;
   const std::int64_t rows =
-      4 * dim + element * (dim + std::max<std::int64_t>(attention, transformer.ffn_dim));
-  std::int64_t map = 0;
+      4 * dim + element * dim +
+      std::max(element * attention + 4 * 2 * dim, element * std::int64_t{transformer.ffn_dim});
+  std::int64_t blocks = 0;
   if (spec.attention != AttentionKind::kDense) {
-    // Classes and scores of the block pairs, blocks of 64 tokens.
-    const std::int64_t blocks = (tokens + 63) / 64;
-    map = transformer.num_attention_heads * blocks * blocks * (1 + 4 + 4);
+    // Blocks of 64 tokens: the linear branch's sums of each, and of every pair class, score and
+    // place in the list.
+    const std::int64_t n = (tokens + 63) / 64;
+    const std::int64_t head = transformer.attention_head_dim;
+    blocks = transformer.num_attention_heads * n * (n * (1 + 4 + 4) + head * (head + 1) * 4);
   }
   const std::int64_t latents = (2 * samples + kLatentsMade) * shape.latent().NumElements() * 4;
-  return static_cast<std::size_t>(samples * (tokens * rows + map) + latents);
+  return static_cast<std::size_t>(samples * (tokens * rows + blocks) + latents);
 }
 
 void RateMeter::Add(double flops, double seconds) {

@@ -1,5 +1,6 @@
 #include "model/transformer.h"
 
+#include <map>
 #include <string>
 #include <utility>
 
@@ -20,11 +21,48 @@ Tensor LoadPatchWeight(Backend& backend, const Weights& weights, std::int64_t di
   return weights.Load(backend, name, stored, dtype).Reshape({dim, channels * kPatch});
 }
 
+// Moves the adapters' layers to the device, in the types that the operations want. Layers that
+// share host memory, as those of an untrained adapter do, share device memory.
+std::vector<AttentionAdapter> Upload(Backend& backend, std::vector<AttentionAdapter> adapters,
+                                     DType dtype) {
+  std::map<std::pair<const void*, DType>, Tensor> uploaded;
+  const auto upload = [&](Tensor& tensor, DType type) {
+    if (!tensor.defined()) return;
+    Tensor& copy = uploaded[{tensor.raw(), type}];
+    if (!copy.defined()) {
+      copy = backend.Allocate(tensor.shape(), type);
+      backend.Copy(tensor, copy);
+    }
+    tensor = copy;
+  };
+  for (AttentionAdapter& adapter : adapters) {
+    const bool salad = adapter.kind == AttentionKind::kSalad;
+    // Until all are uploaded the host tensors stay: their addresses are the keys.
+    const std::vector<AdapterLayer> host = adapter.layers;
+    for (AdapterLayer& layer : adapter.layers) {
+      upload(layer.proj_weight, salad ? dtype : DType::kF32);
+      upload(layer.proj_bias, DType::kF32);
+      upload(layer.gate_weight, DType::kF32);
+      upload(layer.gate_bias, DType::kF32);
+    }
+    uploaded.clear();
+  }
+  return adapters;
+}
+
+void RequireWanNorms(const TransformerConfig& config) {
+  if (config.qk_norm && config.cross_attn_norm) return;
+  throw Error(ErrorCode::kInvalidArgument,
+              "transformer: qk_norm and cross_attn_norm must be on, as in every Wan2.1 model");
+}
+
 }  // namespace
 
 Transformer::Transformer(Backend& backend, const Weights& weights, const TransformerConfig& config,
                          std::vector<AttentionAdapter> adapters, DType dtype)
-    : config_(config), dtype_(dtype), adapters_(std::move(adapters)) {
+    : config_(config), dtype_(dtype) {
+  RequireWanNorms(config);
+  adapters_ = Upload(backend, std::move(adapters), dtype);
   const std::int64_t dim = config.dim();
   const auto linear = [&](const std::string& name, std::int64_t in, std::int64_t out, DType type) {
     return LoadLinear(backend, weights, name, in, out, type);

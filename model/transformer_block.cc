@@ -15,13 +15,6 @@ constexpr std::int64_t kModulationRows = 6;
 // Query rows per head that stand for all in the measurement of the kept mass.
 constexpr int kMassRows = 64;
 
-Tensor Upload(Backend& backend, const Tensor& host, DType dtype) {
-  if (!host.defined()) return {};
-  Tensor tensor = backend.Allocate(host.shape(), dtype);
-  backend.Copy(host, tensor);
-  return tensor;
-}
-
 // One sample of a map of many.
 BlockMap MapOfSample(const BlockMap& map, std::int64_t sample) {
   BlockMap one = map;
@@ -107,11 +100,10 @@ TransformerBlock::SelfAttention TransformerBlock::LoadVariant(Backend& backend,
   merge("to_out.0", variant.o);
 
   const AdapterLayer& layer = adapter.layers.at(static_cast<std::size_t>(index));
-  const bool sla = adapter.kind == AttentionKind::kSla;
-  variant.proj_weight = Upload(backend, layer.proj_weight, sla ? DType::kF32 : dtype_);
-  variant.proj_bias = Upload(backend, layer.proj_bias, DType::kF32);
-  variant.gate_weight = Upload(backend, layer.gate_weight, DType::kF32);
-  variant.gate_bias = Upload(backend, layer.gate_bias, DType::kF32);
+  variant.proj_weight = layer.proj_weight;
+  variant.proj_bias = layer.proj_bias;
+  variant.gate_weight = layer.gate_weight;
+  variant.gate_bias = layer.gate_bias;
   return variant;
 }
 

@@ -56,7 +56,8 @@ struct BlockContext {
 // would be the largest error of a bf16 pass, and f32 adds about 1 % to a step's memory traffic.
 class TransformerBlock {
  public:
-  // Reads "blocks.<index>.*"; `adapters` add their variants of self-attention.
+  // Reads "blocks.<index>.*"; `adapters`, whose layers are on the device already, add their
+  // variants of self-attention.
   TransformerBlock(Backend& backend, const Weights& weights, const TransformerConfig& config,
                    std::span<const AttentionAdapter> adapters, int index, DType dtype);
 

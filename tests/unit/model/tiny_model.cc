@@ -21,7 +21,6 @@ using nlohmann::json;
 
 constexpr int kVocabulary = 768;
 constexpr int kLatentChannels = 16;
-constexpr int kTextLength = 24;
 constexpr int kFreqDim = 32;
 constexpr int kTextHeads = 2;
 constexpr int kTextHeadDim = 16;
@@ -75,7 +74,7 @@ void WriteTransformer(const fs::path& folder, const TinyModelOptions& options) {
                                      {"in_channels", kLatentChannels},
                                      {"out_channels", kLatentChannels},
                                      {"text_dim", options.text_dim},
-                                     {"text_len", kTextLength},
+                                     {"text_len", options.text_len},
                                      {"freq_dim", kFreqDim},
                                      {"patch_size", {1, 2, 2}},
                                      {"cross_attn_norm", true},
@@ -119,13 +118,13 @@ void AddResidual(Tensors& tensors, const std::string& name, std::int64_t in, std
 }
 
 void WriteVae(const fs::path& folder, const TinyModelOptions& options) {
-  const std::vector<std::int64_t> multipliers = {1, 2, 2, 2};
+  const std::vector<std::int64_t> multipliers = {1, 2, 4, 4};
   const std::vector<bool> doubles_frames = {true, true, false};  // from the coarsest level on
   WriteJson(folder / "config.json", {{"_class_name", "AutoencoderKLWan"},
                                      {"base_dim", options.vae_base_dim},
                                      {"z_dim", kLatentChannels},
                                      {"dim_mult", multipliers},
-                                     {"num_res_blocks", 1},
+                                     {"num_res_blocks", options.vae_res_blocks},
                                      {"attn_scales", json::array()},
                                      {"temperal_downsample", {false, true, true}}});
   const auto width = [&](std::size_t level) {
@@ -143,7 +142,7 @@ void WriteVae(const fs::path& folder, const TinyModelOptions& options) {
   AddResidual(tensors, middle + "resnets.1", channels, channels);
   for (std::size_t level = 0; level < multipliers.size(); ++level) {
     const std::string block = "decoder.up_blocks." + std::to_string(level);
-    for (int i = 0; i < 2; ++i) {
+    for (int i = 0; i <= options.vae_res_blocks; ++i) {
       AddResidual(tensors, block + ".resnets." + std::to_string(i), channels, width(level));
       channels = width(level);
     }
@@ -214,10 +213,10 @@ void WriteTinyModel(const std::string& folder, const TinyModelOptions& options) 
                                      {"steps", options.steps},
                                      {"guidance_scale", 3.0}}},
                                    {"limits",
-                                    {{"max_width", 256},
-                                     {"max_height", 256},
-                                     {"max_frames", 33},
-                                     {"max_pixels", 256 * 256 * 33},
+                                    {{"max_width", 512},
+                                     {"max_height", 512},
+                                     {"max_frames", 65},
+                                     {"max_pixels", 512 * 512 * 65},
                                      {"max_steps", 50},
                                      {"max_prompt_bytes", 512}}}});
 }

@@ -13,7 +13,9 @@ struct TinyModelOptions {
   int layers = 2;
   int ffn_dim = 96;
   int text_dim = 32;
+  int text_len = 24;
   int vae_base_dim = 8;
+  int vae_res_blocks = 1;
   // Clips that a request gets without further words: 8 tokens per frame pair, 5 frames.
   int width = 64;
   int height = 32;
