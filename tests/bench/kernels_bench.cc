@@ -1,0 +1,298 @@
+// Times the CUDA back end's operations at the sizes of Wan2.1-1.3B at 480x832x81, on random data.
+// Prints a table; with --json FILE also writes the numbers there. Needs CUDA and this tree alone.
+//
+//   kernels_bench [--filter TEXT] [--json FILE]
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <exception>
+#include <fstream>
+#include <functional>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "kernels/core/error.h"
+#include "kernels/cuda/attention/problem.h"
+#include "kernels/cuda/cuda_backend.h"
+
+namespace slalom {
+namespace {
+
+constexpr DType kBF16 = DType::kBF16;
+constexpr DType kF32 = DType::kF32;
+constexpr std::int64_t kTokens = 32760;
+constexpr std::int64_t kWidth = 1536;
+constexpr std::int64_t kHeads = 12;
+constexpr std::int64_t kHeadSize = 128;
+constexpr std::int64_t kHidden = 8960;
+
+struct Row {
+  std::string name;
+  double milliseconds = 0;
+  double work = 0;  // FLOP or bytes
+  bool bytes = false;
+};
+
+class Bench {
+ public:
+  Bench(cuda::CudaBackend& backend, std::string filter)
+      : backend_(backend), filter_(std::move(filter)) {}
+
+  // N(0, 1), uploaded once per shape and type and shared: benches only read inputs.
+  Tensor Random(const Shape& shape, DType type, float scale = 1.0f) {
+    const Tensor host = Tensor::Host(shape, kF32);
+    std::uniform_real_distribution<float> uniform(-1.7f * scale, 1.7f * scale);
+    float* values = host.data<float>();
+    const std::int64_t period = std::min<std::int64_t>(host.NumElements(), 1 << 20);
+    for (std::int64_t i = 0; i < period; ++i) values[i] = uniform(random_);
+    // Filling hundreds of millions of values one by one would take longer than the benches.
+    for (std::int64_t i = period; i < host.NumElements(); ++i) {
+      values[i] = values[(i * 2654435761u) % static_cast<std::uint64_t>(period)];
+    }
+    const Tensor device = backend_.Allocate(shape, type);
+    backend_.Copy(host, device);
+    return device;
+  }
+  Tensor Empty(const Shape& shape, DType type) { return backend_.Allocate(shape, type); }
+
+  bool Wanted(const std::string& name) const { return name.find(filter_) != std::string::npos; }
+
+  // The median of 7 samples of at least 20 ms each, after a warm-up.
+  void Time(const std::string& name, double work, bool bytes, const std::function<void()>& run) {
+    if (!Wanted(name)) return;
+    try {
+      const double once = Seconds(run, 2) / 2;
+      const int repeats = std::max(1, static_cast<int>(0.02 / std::max(once, 1e-7)));
+      std::vector<double> samples;
+      for (int i = 0; i < 7; ++i) samples.push_back(Seconds(run, repeats) / repeats);
+      std::sort(samples.begin(), samples.end());
+      rows_.push_back({name, samples[samples.size() / 2] * 1e3, work, bytes});
+      Print(rows_.back());
+    } catch (const Error& error) {
+      std::printf("%-44s %s\n", name.c_str(), error.what());
+    }
+  }
+  void Flops(const std::string& name, double flops, const std::function<void()>& run) {
+    Time(name, flops, false, run);
+  }
+  void Bytes(const std::string& name, double bytes, const std::function<void()>& run) {
+    Time(name, bytes, true, run);
+  }
+
+  static void Print(const Row& row) {
+    const double rate = row.work / (row.milliseconds * 1e-3) * (row.bytes ? 1e-9 : 1e-12);
+    std::printf("%-44s %9.4f ms %9.1f %s\n", row.name.c_str(), row.milliseconds, rate,
+                row.bytes ? "GB/s" : "TFLOP/s");
+    std::fflush(stdout);
+  }
+
+  void WriteJson(const std::string& path) const {
+    std::ofstream out(path);
+    out << "{\"device\": \"" << backend_.Describe() << "\", \"rows\": [";
+    for (std::size_t i = 0; i < rows_.size(); ++i) {
+      const Row& row = rows_[i];
+      out << (i == 0 ? "" : ", ") << "{\"name\": \"" << row.name
+          << "\", \"ms\": " << row.milliseconds << ", \"" << (row.bytes ? "bytes" : "flop")
+          << "\": " << row.work << "}";
+    }
+    out << "]}\n";
+    if (!out) throw Error(ErrorCode::kUnavailable, "cannot write " + path);
+  }
+
+  cuda::CudaBackend& backend() { return backend_; }
+
+ private:
+  double Seconds(const std::function<void()>& run, int repeats) {
+    backend_.Synchronize();
+    const auto start = std::chrono::steady_clock::now();
+    for (int i = 0; i < repeats; ++i) run();
+    backend_.Synchronize();
+    return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+  }
+
+  cuda::CudaBackend& backend_;
+  std::string filter_;
+  std::mt19937 random_{1};
+  std::vector<Row> rows_;
+};
+
+void BenchDense(Bench& bench, std::int64_t q_length, std::int64_t k_length, std::int64_t heads,
+                int head_size, cuda::AttentionKernel kernel, const std::string& name) {
+  if (!bench.Wanted(name)) return;
+  const Shape q_shape{1, q_length, heads, head_size};
+  const Shape k_shape{1, k_length, heads, head_size};
+  const Tensor q = bench.Random(q_shape, kBF16), k = bench.Random(k_shape, kBF16);
+  const Tensor v = bench.Random(k_shape, kBF16), out = bench.Empty(q_shape, kBF16);
+  cuda::AttentionProblem problem;
+  problem.q = q.raw();
+  problem.k = k.raw();
+  problem.v = v.raw();
+  problem.out = out.raw();
+  problem.batch = 1;
+  problem.heads = heads;
+  problem.q_length = q_length;
+  problem.k_length = k_length;
+  problem.head_size = head_size;
+  problem.scale = 1.0f / std::sqrt(static_cast<float>(head_size));
+  bench.Flops(name, 4.0 * q_length * k_length * heads * head_size,
+              [&] { cuda::RunAttention(bench.backend().context(), problem, kernel); });
+}
+
+void BenchAttention(Bench& bench) {
+  using cuda::AttentionKernel;
+  if (bench.backend().context().compute_major == 9) {
+    BenchDense(bench, kTokens, kTokens, kHeads, 128, AttentionKernel::kHopper,
+               "attention hopper 32760 d128");
+    BenchDense(bench, 32768, 32768, kHeads, 128, AttentionKernel::kHopper,
+               "attention hopper 32768 d128");
+    BenchDense(bench, 32768, 32768, kHeads, 64, AttentionKernel::kHopper,
+               "attention hopper 32768 d64");
+    BenchDense(bench, kTokens, 512, kHeads, 128, AttentionKernel::kHopper,
+               "attention hopper cross 32760x512");
+  }
+  BenchDense(bench, kTokens, kTokens, kHeads, 128, AttentionKernel::kTensorCore,
+             "attention mma.sync 32760 d128");
+  BenchDense(bench, 512, 512, 64, 64, AttentionKernel::kTensorCore, "attention mma.sync UMT5");
+  BenchDense(bench, 6240, 6240, 1, 384, AttentionKernel::kProduct, "attention products VAE frame");
+}
+
+void BenchSparse(Bench& bench, int block_q, double topk, LinearScope scope, bool linear,
+                 const std::string& name) {
+  if (!bench.Wanted(name)) return;
+  const Shape shape{1, kTokens, kHeads, kHeadSize};
+  const Tensor q = bench.Random(shape, kBF16), k = bench.Random(shape, kBF16);
+  const Tensor v = bench.Random(shape, kBF16), out = bench.Empty(shape, kBF16);
+  const Tensor weight = bench.Random({kHeadSize, kHeadSize}, kF32);
+  const Tensor bias = bench.Random({kHeadSize}, kF32);
+  BlockMapArgs map_args{.q = q, .k = k};
+  map_args.options.block_q = block_q;
+  map_args.options.topk = topk;
+  Backend& backend = bench.backend();
+  bench.Bytes(name + ": map", 2.0 * q.NumBytes(), [&] { backend.MakeBlockMap(map_args); });
+  const BlockMap map = backend.MakeBlockMap(map_args);
+  SlaArgs args{.q = q, .k = k, .v = v, .map = &map, .scope = scope};
+  if (linear) {
+    args.proj_weight = weight;
+    args.proj_bias = bias;
+  }
+  args.out = out;
+  const double pairs = static_cast<double>(CriticalBlocks(topk, (kTokens + 63) / 64)) * 64.0;
+  bench.Flops(name, 4.0 * kTokens * pairs * kWidth, [&] { backend.SlaAttention(args); });
+}
+
+void BenchLinear(Bench& bench, std::int64_t n, std::int64_t k, Activation activation, bool gate,
+                 const std::string& name) {
+  if (!bench.Wanted(name)) return;
+  const DType out_type = gate ? kF32 : kBF16;
+  LinearArgs args;
+  args.x = bench.Random({kTokens, k}, kBF16);
+  args.weight = bench.Random({n, k}, kBF16, 0.02f);
+  args.bias = bench.Random({n}, kF32);
+  args.activation = activation;
+  args.out = bench.Empty({kTokens, n}, out_type);
+  if (gate) {
+    args.residual = args.out;
+    args.gate = bench.Random({1, n}, kF32, 0.0f);
+    bench.backend().Zero(args.out);
+  }
+  bench.Flops(name, 2.0 * kTokens * n * k, [&] { bench.backend().Linear(args); });
+}
+
+void BenchRows(Bench& bench) {
+  Backend& backend = bench.backend();
+  const Tensor x = bench.Random({1, kTokens, kWidth}, kBF16);
+  const Tensor stream = bench.Random({1, kTokens, kWidth}, kF32);
+  const Tensor out = bench.Empty({1, kTokens, kWidth}, kBF16);
+  const Tensor scale = bench.Random({1, kWidth}, kF32), shift = bench.Random({1, kWidth}, kF32);
+  const double half = 2.0 * kTokens * kWidth;
+  bench.Bytes("copy 800 MB", 8 * 2.0 * half,
+              [&, big = bench.Empty({8, kTokens, kWidth}, kBF16),
+               to = bench.Empty({8, kTokens, kWidth}, kBF16)] { backend.Copy(big, to); });
+  bench.Bytes("layer norm + modulation, f32 to bf16", 3 * half, [&] {
+    backend.LayerNorm({.x = stream, .scale = scale, .shift = shift, .out = out});
+  });
+  const Tensor weight = bench.Random({kWidth}, kF32);
+  const Tensor cos = bench.Random({kTokens, 64}, kF32), sin = bench.Random({kTokens, 64}, kF32);
+  bench.Bytes("q/k norm + rope", 2 * half + 2.0 * cos.NumBytes(), [&] {
+    backend.QkNormRope({.x = x,
+                        .weight = weight,
+                        .cos = cos,
+                        .sin = sin,
+                        .out = out.Reshape({1, kTokens, kHeads, kHeadSize})});
+  });
+}
+
+void BenchConv(Bench& bench, std::int64_t frames, std::int64_t height, std::int64_t width,
+               std::int64_t in, std::int64_t out, bool upsample, const std::string& name) {
+  if (!bench.Wanted(name)) return;
+  const std::int64_t kt = upsample ? 1 : 3, factor = upsample ? 2 : 1;
+  ConvArgs args;
+  args.x = bench.Random({frames, height, width, in}, kBF16);
+  if (!upsample) args.history = bench.Random({2, height, width, in}, kBF16);
+  args.weight = bench.Random({out, kt, 3, 3, in}, kBF16, 0.02f);
+  args.bias = bench.Random({out}, kF32);
+  args.upsample = upsample;
+  args.out = bench.Empty({frames, height * factor, width * factor, out}, kBF16);
+  const double flops = 2.0 * args.out.NumElements() * kt * 9 * in;
+  bench.Flops(name, flops, [&] { bench.backend().Conv(args); });
+}
+
+void BenchDecoder(Bench& bench) {
+  BenchConv(bench, 1, 60, 104, 384, 384, false, "conv 384 60x104x1");
+  BenchConv(bench, 2, 120, 208, 384, 384, false, "conv 384 120x208x2");
+  BenchConv(bench, 4, 240, 416, 192, 192, false, "conv 192 240x416x4");
+  BenchConv(bench, 4, 480, 832, 96, 96, false, "conv 96 480x832x4");
+  BenchConv(bench, 4, 480, 832, 96, 3, false, "conv 96 to 3 480x832x4");
+  BenchConv(bench, 4, 240, 416, 192, 96, true, "conv 192 to 96 doubled 480x832x4");
+  if (!bench.Wanted("channel norm")) return;
+  const Shape shape{4, 480, 832, 96};
+  const Tensor x = bench.Random(shape, kBF16), out = bench.Empty(shape, kBF16);
+  const Tensor gamma = bench.Random({96}, kF32);
+  bench.Bytes("channel norm + SiLU 96 480x832x4", 2.0 * x.NumBytes(), [&] {
+    bench.backend().ChannelNorm({.x = x, .gamma = gamma, .silu = true, .out = out});
+  });
+}
+
+void RunAll(Bench& bench) {
+  BenchRows(bench);
+  BenchLinear(bench, kWidth, kWidth, Activation::kNone, false, "linear 1536x1536 bias");
+  BenchLinear(bench, kHidden, kWidth, Activation::kGeluTanh, false, "linear 8960x1536 gelu");
+  BenchLinear(bench, kWidth, kHidden, Activation::kNone, false, "linear 1536x8960 bias");
+  BenchLinear(bench, kWidth, kHidden, Activation::kNone, true, "linear 1536x8960 gate + residual");
+  BenchAttention(bench);
+  BenchSparse(bench, 128, 0.05, LinearScope::kAll, false, "sparse 0.05 128x64");
+  BenchSparse(bench, 64, 0.05, LinearScope::kAll, false, "sparse 0.05 64x64");
+  BenchSparse(bench, 128, 0.05, LinearScope::kAll, true, "sla 0.05 128x64 all");
+  BenchSparse(bench, 64, 0.05, LinearScope::kMarginal, true, "sla 0.05 64x64 marginal");
+  BenchDecoder(bench);
+}
+
+int Main(int argc, char** argv) {
+  std::string filter, json;
+  for (int i = 1; i + 1 < argc; i += 2) {
+    if (std::strcmp(argv[i], "--filter") == 0) filter = argv[i + 1];
+    if (std::strcmp(argv[i], "--json") == 0) json = argv[i + 1];
+  }
+  try {
+    if (CudaDeviceCount() == 0) {
+      throw Error(ErrorCode::kFailedPrecondition, "this machine has no CUDA device");
+    }
+    cuda::CudaBackend backend(0, BackendOptions{});
+    std::printf("%s\n", backend.Describe().c_str());
+    Bench bench(backend, filter);
+    RunAll(bench);
+    if (!json.empty()) bench.WriteJson(json);
+  } catch (const std::exception& error) {
+    std::fprintf(stderr, "kernels_bench: %s\n", error.what());
+    return 1;
+  }
+  return 0;
+}
+
+}  // namespace
+}  // namespace slalom
+
+int main(int argc, char** argv) { return slalom::Main(argc, argv); }

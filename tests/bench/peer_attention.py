@@ -1,0 +1,76 @@
+"""Times PyTorch's attention (FlashAttention-2 and cuDNN) and matrix products at the sizes of
+kernels_bench, to be run beside it on the same GPU. Needs PyTorch with CUDA."""
+
+import statistics
+
+import torch
+import torch.nn.functional as functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+
+def milliseconds(run, samples=7):
+    """The median of several samples of at least 20 ms each."""
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+
+    def sample(repeats):
+        torch.cuda.synchronize()
+        start.record()
+        for _ in range(repeats):
+            run()
+        end.record()
+        torch.cuda.synchronize()
+        return start.elapsed_time(end) / repeats
+
+    sample(2)
+    repeats = max(1, int(20 / max(sample(2), 1e-3)))
+    return statistics.median(sample(repeats) for _ in range(samples))
+
+
+def report(name, flop, run):
+    try:
+        took = milliseconds(run)
+        print(f"{name:<44} {took:9.4f} ms {flop / took * 1e-9:9.1f} TFLOP/s", flush=True)
+    except RuntimeError as error:
+        print(f"{name:<44} {str(error).splitlines()[0]}", flush=True)
+
+
+def main():
+    torch.manual_seed(0)
+    for length in (32760, 32768):
+        q, k, v = (
+            torch.randn(1, length, 12, 128, device="cuda", dtype=torch.bfloat16).transpose(1, 2)
+            for _ in range(3)
+        )
+        for name, backend in (
+            ("FlashAttention-2", SDPBackend.FLASH_ATTENTION),
+            ("cuDNN", SDPBackend.CUDNN_ATTENTION),
+        ):
+            with sdpa_kernel(backend):
+                report(
+                    f"torch {name} {length} d128",
+                    4 * length * length * 12 * 128,
+                    lambda: functional.scaled_dot_product_attention(q, k, v),
+                )
+    for n, depth in ((1536, 1536), (8960, 1536), (1536, 8960)):
+        x = torch.randn(32760, depth, device="cuda", dtype=torch.bfloat16)
+        weight = torch.randn(n, depth, device="cuda", dtype=torch.bfloat16) * 0.02
+        bias = torch.randn(n, device="cuda", dtype=torch.bfloat16)
+        report(
+            f"torch linear {n}x{depth}",
+            2 * 32760 * n * depth,
+            lambda: functional.linear(x, weight, bias),
+        )
+    for channels, height, width, frames in ((384, 120, 208, 2), (192, 240, 416, 4), (96, 480, 832, 4)):
+        x = torch.randn(1, channels, frames + 2, height, width, device="cuda", dtype=torch.bfloat16)
+        x = x.to(memory_format=torch.channels_last_3d)
+        weight = torch.randn(channels, channels, 3, 3, 3, device="cuda", dtype=torch.bfloat16) * 0.02
+        weight = weight.to(memory_format=torch.channels_last_3d)
+        report(
+            f"torch conv3d {channels} {height}x{width}x{frames}",
+            2 * frames * height * width * channels * channels * 27,
+            lambda: functional.conv3d(x, weight, padding=(0, 1, 1)),
+        )
+
+
+if __name__ == "__main__":
+    main()
