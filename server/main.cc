@@ -1,4 +1,5 @@
 // slalomd: reads what it is told, loads the models, serves until a signal.
+#include <google/protobuf/stubs/logging.h>
 #include <spdlog/sinks/stdout_color_sinks.h>
 #include <spdlog/spdlog.h>
 
@@ -111,6 +112,9 @@ int ExitCode(const Error& error) {
 
 int main(int argc, char** argv) {
   using namespace slalom;
+  // A request that cannot be parsed is answered, with the field's name; protobuf's own line about
+  // it would let any client fill the log.
+  google::protobuf::SetLogHandler(nullptr);
   // The log goes to standard error; standard output has the ready line.
   spdlog::set_default_logger(spdlog::stderr_color_mt("slalomd"));
   CommandLine command_line;

@@ -159,7 +159,7 @@ class VideoService::Impl final : public RawService {
             const Pipeline& pipeline = scheduler.pipeline(info.name);
             *out->add_models() =
                 ToModel(info, ToString(pipeline.device()) + ": " + pipeline.device_description(),
-                        out->models_size() == 1);
+                        out->models().empty());
           }
         });
   }

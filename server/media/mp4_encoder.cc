@@ -26,6 +26,8 @@ ffmpeg::CodecContext OpenX264(const VideoFormat& format) {
   if (codec == nullptr) throw Error(ErrorCode::kInternal, "FFmpeg has no libx264 encoder");
   ffmpeg::CodecContext context(avcodec_alloc_context3(codec));
   if (!context) throw Error(ErrorCode::kResourceExhausted, "out of memory for the H.264 encoder");
+  // FFmpeg logs by default what x264 says about itself, for every clip; errors still come through.
+  context->log_level_offset = AV_LOG_INFO - AV_LOG_ERROR;
   context->width = format.width;
   context->height = format.height;
   context->pix_fmt = AV_PIX_FMT_YUV420P;

@@ -1,0 +1,165 @@
+// What those who run the server see: health, readiness, metrics, reflection, draining, restarts.
+#include <grpcpp/grpcpp.h>
+#include <gtest/gtest.h>
+
+#include <chrono>
+#include <filesystem>
+#include <future>
+
+#include "kernels/core/error.h"
+#include "tests/e2e/running_server.h"
+#include "tests/unit/server/prometheus_text.h"
+
+namespace slalom {
+namespace {
+
+using grpc::StatusCode;
+using std::chrono::milliseconds;
+
+// grpc.health.v1.HealthCheckResponse.status: 1 SERVING, 2 NOT_SERVING.
+int Health(const RunningServer& running, const std::string& service) {
+  const std::string request =
+      service.empty() ? "" : std::string("\x0a") + static_cast<char>(service.size()) + service;
+  std::vector<std::string> responses;
+  const grpc::Status status =
+      RawCall(running.MakeChannel(), "/grpc.health.v1.Health/Check", request, &responses);
+  if (!status.ok() || responses.size() != 1 || responses[0].size() != 2) return -1;
+  return responses[0][1];
+}
+
+int StatusOf(const RunningServer& running, const std::string& path) {
+  int status = 0;
+  running.Get(path, &status);
+  return status;
+}
+
+TEST(OperationsTest, WarmingUpThenServing) {
+  RunningServer running({}, {}, /*serve=*/false);
+  EXPECT_EQ(StatusOf(running, "/healthz"), 200);
+  EXPECT_EQ(StatusOf(running, "/readyz"), 503);
+  EXPECT_EQ(running.Get("/readyz"), "warming up\n");
+  EXPECT_EQ(Health(running, ""), 2);
+  const Outcome early = running.Generate(SmallClip());
+  EXPECT_EQ(early.code, StatusCode::UNAVAILABLE);
+  EXPECT_TRUE(early.retry_seconds);
+  running.Serve();
+  EXPECT_EQ(StatusOf(running, "/readyz"), 200);
+  EXPECT_EQ(Health(running, ""), 1);
+  EXPECT_EQ(Health(running, "slalom.v1.VideoGeneration"), 1);
+  EXPECT_EQ(running.Generate(SmallClip()).code, StatusCode::OK);
+  EXPECT_EQ(StatusOf(running, "/no-such-page"), 404);
+}
+
+TEST(OperationsTest, ReflectionNamesTheService) {
+  const RunningServer running;
+  // ServerReflectionRequest.list_services (field 7) = "".
+  std::vector<std::string> responses;
+  RawCall(running.MakeChannel(), "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo",
+          std::string("\x3a\x00", 2), &responses);
+  ASSERT_EQ(responses.size(), 1u);
+  EXPECT_NE(responses[0].find("slalom.v1.VideoGeneration"), std::string::npos);
+  EXPECT_NE(responses[0].find("grpc.health.v1.Health"), std::string::npos);
+}
+
+TEST(OperationsTest, MetricsCountWhatHappened) {
+  RunningServer running;
+  running.Generate(SmallClip());
+  running.Generate(SmallClip("nan@step1"));
+  v1::GenerateVideoRequest bad = SmallClip();
+  bad.set_width(7);
+  bad.mutable_attention()->set_mode(v1::ATTENTION_MODE_SLA);
+  running.Generate(bad);
+  v1::GenerateVideoRequest hostile = SmallClip();
+  hostile.set_model("label\"injection\n");
+  running.Generate(hostile);
+  auto samples = ParsePrometheus(running.Get("/metrics"));
+  EXPECT_EQ((samples[R"(slalom_requests_total{attention="dense",code="OK",model="fake"})"]), 1);
+  EXPECT_EQ((samples[R"(slalom_requests_total{attention="dense",code="INTERNAL",model="fake"})"]),
+            1);
+  EXPECT_EQ(
+      (samples[R"(slalom_requests_total{attention="sla",code="INVALID_ARGUMENT",model="fake"})"]),
+      1);
+  EXPECT_EQ((samples[R"(slalom_requests_total{attention="auto",code="NOT_FOUND",model=""})"]), 1);
+  EXPECT_EQ(samples["slalom_videos_total"], 1);
+  EXPECT_EQ(samples["slalom_frames_total"], 9);
+  EXPECT_EQ(samples["slalom_time_to_first_byte_seconds_count"], 1);
+  EXPECT_EQ(samples["slalom_queue_wait_seconds_count"], 2);
+  EXPECT_GE(samples[R"(slalom_denoise_step_seconds_count{attention="dense"})"], 4);
+  EXPECT_EQ(samples[R"(slalom_stage_seconds_count{stage="encode"})"], 1);
+  EXPECT_TRUE(HasMetric(samples, "slalom_device_busy_seconds_total"));
+}
+
+TEST(OperationsTest, DrainingFinishesWhatRunsAndRefusesTheRest) {
+  FakeOptions fake;
+  fake.step_time = milliseconds(20);
+  RunningServer running(fake);
+  v1::GenerateVideoRequest request = SmallClip();
+  request.set_steps(50);
+  auto job = std::async(std::launch::async, [&] { return running.Generate(request); });
+  ASSERT_TRUE(running.journal().WaitFor("step"));
+  auto drained =
+      std::async(std::launch::async, [&] { return running.server().Drain([] { return false; }); });
+  EXPECT_TRUE(Eventually([&] { return StatusOf(running, "/readyz") == 503; }));
+  EXPECT_EQ(running.Get("/readyz"), "draining\n");
+  EXPECT_EQ(Health(running, ""), 2);
+  EXPECT_EQ(running.Generate(SmallClip()).code, StatusCode::UNAVAILABLE);
+  const Outcome outcome = job.get();
+  EXPECT_EQ(outcome.code, StatusCode::OK) << outcome.message;
+  EXPECT_TRUE(drained.get());
+}
+
+TEST(OperationsTest, ADrainThatIsHurriedEndsJobsWithUnavailable) {
+  FakeOptions fake;
+  fake.step_time = milliseconds(20);
+  RunningServer running(fake);
+  v1::GenerateVideoRequest request = SmallClip();
+  request.set_steps(100);
+  auto job = std::async(std::launch::async, [&] { return running.Generate(request); });
+  ASSERT_TRUE(running.journal().WaitFor("step"));
+  EXPECT_FALSE(running.server().Drain([] { return true; }));
+  EXPECT_EQ(job.get().code, StatusCode::UNAVAILABLE);
+  EXPECT_EQ(running.journal().live_generations(), 0);
+}
+
+TEST(OperationsTest, ABusyPortIsUnavailable) {
+  const RunningServer running;
+  const auto try_to_start = [](const HostPort& listen, const HostPort& http) -> std::string {
+    ServerConfig config;
+    config.listen = listen;
+    config.http_listen = http;
+    try {
+      Server second(config);
+    } catch (const Error& error) {
+      EXPECT_EQ(error.code(), ErrorCode::kUnavailable);
+      return error.what();
+    }
+    return "";
+  };
+  RunningServer& other = const_cast<RunningServer&>(running);
+  const HostPort any{"127.0.0.1", 0};
+  EXPECT_NE(try_to_start(other.server().grpc_address(), any).find("listen"), std::string::npos);
+  EXPECT_NE(try_to_start(any, other.server().http_address()).find("http_listen"),
+            std::string::npos);
+}
+
+TEST(OperationsTest, VideosOutliveTheProcessWithAStateFolder) {
+  const std::string folder = testing::TempDir() + "/slalom_e2e_state";
+  std::filesystem::remove_all(folder);
+  ServerConfig config;
+  config.state_dir = folder;
+  Outcome made;
+  {
+    RunningServer running({}, config);
+    made = running.Generate(SmallClip());
+    ASSERT_EQ(made.code, StatusCode::OK) << made.message;
+    running.server().Drain([] { return false; });
+  }
+  RunningServer again({}, config);
+  const Outcome replayed = again.Resume(made.job_id, 10);
+  EXPECT_EQ(replayed.code, StatusCode::OK) << replayed.message;
+  EXPECT_EQ(replayed.bytes, made.bytes.substr(10));
+  std::filesystem::remove_all(folder);
+}
+
+}  // namespace
+}  // namespace slalom

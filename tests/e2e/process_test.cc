@@ -1,0 +1,307 @@
+// The two programs as people run them: slalomd with a tiny random model, and slalom.
+#include "tests/e2e/process.h"
+
+#include <gtest/gtest.h>
+#include <unistd.h>
+
+#include <csignal>
+#include <filesystem>
+#include <fstream>
+#include <memory>
+#include <regex>
+#include <sstream>
+#include <string>
+#include <vector>
+
+#include "tests/unit/model/tiny_model.h"
+#include "tests/unit/server/video_reader.h"
+
+namespace slalom {
+namespace {
+
+namespace fs = std::filesystem;
+
+// A clip that takes long enough to be interrupted.
+const std::vector<std::string> kLongClip = {"--size", "256x256", "--frames",
+                                            "33",     "--steps", "100"};
+
+class ProcessTest : public testing::Test {
+ protected:
+  static void SetUpTestSuite() {
+    folder_ = testing::TempDir() + "/slalom_process_test_" + std::to_string(getpid());
+    fs::create_directories(folder_);
+    WriteTinyModel(Model());
+  }
+  static void TearDownTestSuite() { fs::remove_all(folder_); }
+
+  static std::string Model() { return folder_ + "/model"; }
+  static std::string Path(const std::string& name) { return folder_ + "/" + name; }
+
+  static std::unique_ptr<Process> Daemon(std::vector<std::string> more = {},
+                                         const std::string& model = Model()) {
+    std::vector<std::string> arguments = {SLALOMD,       "--models",    model,
+                                          "--listen",    "127.0.0.1:0", "--http-listen",
+                                          "127.0.0.1:0", "--device",    "cpu"};
+    arguments.insert(arguments.end(), more.begin(), more.end());
+    return std::make_unique<Process>(arguments);
+  }
+
+  // Starts the daemon and reads its address from the ready line.
+  void Start(std::vector<std::string> more = {}) {
+    daemon_ = Daemon(std::move(more));
+    ASSERT_TRUE(daemon_->WaitForOutput("slalomd ready grpc=")) << daemon_->err();
+    std::smatch match;
+    const std::string out = daemon_->out();
+    ASSERT_TRUE(std::regex_search(
+        out, match, std::regex("slalomd ready grpc=(\\S+) http=(\\S+) models=tiny\n")))
+        << out;
+    address_ = match[1];
+  }
+
+  std::unique_ptr<Process> Slalom(std::vector<std::string> arguments, Process::Limits limits = {}) {
+    std::vector<std::string> all = {SLALOM, "--server", address_};
+    all.insert(all.end(), arguments.begin(), arguments.end());
+    return std::make_unique<Process>(all, limits);
+  }
+
+  std::unique_ptr<Process> LongGenerate(const std::string& output,
+                                        std::vector<std::string> more = {}) {
+    std::vector<std::string> arguments = {"generate", "a red ball", "-o", output};
+    arguments.insert(arguments.end(), kLongClip.begin(), kLongClip.end());
+    arguments.insert(arguments.end(), more.begin(), more.end());
+    return Slalom(arguments);
+  }
+
+  static std::string JobId(const Process& process) {
+    std::smatch match;
+    const std::string text = process.err();
+    return std::regex_search(text, match, std::regex("job (\\w+):")) ? match[1] : std::string();
+  }
+
+  // Polls `slalom job` until the state shows up.
+  bool JobBecomes(const std::string& id, const std::string& state) {
+    for (int i = 0; i < 200; ++i) {
+      const auto job = Slalom({"job", id});
+      job->Wait();
+      if (job->out().find(state) != std::string::npos) return true;
+    }
+    return false;
+  }
+
+  static std::string ReadFile(const std::string& path) {
+    std::ifstream file(path, std::ios::binary);
+    std::ostringstream text;
+    text << file.rdbuf();
+    return text.str();
+  }
+
+  static inline std::string folder_;
+  std::unique_ptr<Process> daemon_;
+  std::string address_;
+};
+
+TEST_F(ProcessTest, GeneratesAFileThatFfprobeAndADecoderAccept) {
+  Start();
+  const std::string file = Path("ball.mp4");
+  const auto generate = Slalom({"generate", "a red ball", "-o", file, "--size", "64x32", "--frames",
+                                "9", "--fps", "8", "--steps", "4", "--seed", "5"});
+  ASSERT_EQ(generate->Wait(), 0) << generate->err();
+  EXPECT_NE(generate->out().find("where the time went"), std::string::npos);
+  EXPECT_NE(generate->out().find("measured sparsity"), std::string::npos);
+  EXPECT_EQ(generate->err().find('\r'), std::string::npos) << "no bar without a terminal";
+  EXPECT_NE(generate->err().find("denoise 4/4"), std::string::npos) << generate->err();
+
+  Process probe({"/usr/bin/ffprobe", "-v", "error", "-count_frames", "-show_entries",
+                 "stream=codec_name,width,height,pix_fmt,color_space,nb_read_frames,r_frame_rate",
+                 "-of", "default=noprint_wrappers=1", file});
+  ASSERT_EQ(probe.Wait(), 0) << probe.err();
+  EXPECT_EQ(probe.err(), "");
+  for (const char* line : {"codec_name=h264", "width=64", "height=32", "pix_fmt=yuv420p",
+                           "color_space=bt709", "r_frame_rate=8/1", "nb_read_frames=9"}) {
+    EXPECT_NE(probe.out().find(line), std::string::npos) << line << " in " << probe.out();
+  }
+  const DecodedVideo video = DecodeVideo(ReadFile(file));
+  ASSERT_EQ(video.frames.size(), 9u);
+  EXPECT_EQ(video.frames[8].size(), 64u * 32 * 3);
+
+  // The same seed makes the same file; another seed another one.
+  const std::string same = Path("same.mp4");
+  ASSERT_EQ(Slalom({"generate", "a red ball", "-o", same, "--size", "64x32", "--frames", "9",
+                    "--fps", "8", "--steps", "4", "--seed", "5"})
+                ->Wait(),
+            0);
+  EXPECT_EQ(ReadFile(same), ReadFile(file));
+  const std::string other = Path("other.mp4");
+  ASSERT_EQ(Slalom({"generate", "a red ball", "-o", other, "--size", "64x32", "--frames", "9",
+                    "--fps", "8", "--steps", "4", "--seed", "6"})
+                ->Wait(),
+            0);
+  EXPECT_NE(ReadFile(other), ReadFile(file));
+}
+
+TEST_F(ProcessTest, JsonHasTheStatistics) {
+  Start();
+  const auto generate = Slalom({"generate", "a ball", "-o", Path("json.mp4"), "--json"});
+  ASSERT_EQ(generate->Wait(), 0) << generate->err();
+  EXPECT_EQ(generate->err(), "");
+  const std::string json = generate->out();
+  EXPECT_EQ(json.front(), '{');
+  for (const char* key : {"\"job_id\"", "\"statistics\"", "\"denoise_seconds\"", "\"resolved\"",
+                          "\"sparsity\"", "\"seed\""}) {
+    EXPECT_NE(json.find(key), std::string::npos) << key << " in " << json;
+  }
+  const auto bad = Slalom({"generate", "a ball", "-o", Path("x.mp4"), "--size", "7x7", "--json"});
+  EXPECT_EQ(bad->Wait(), 1);
+  EXPECT_NE(bad->out().find("\"INVALID_ARGUMENT\""), std::string::npos) << bad->out();
+}
+
+TEST_F(ProcessTest, ListsModelsAndJobs) {
+  Start();
+  const auto models = Slalom({"models"});
+  ASSERT_EQ(models->Wait(), 0) << models->err();
+  EXPECT_NE(models->out().find("tiny (default)"), std::string::npos) << models->out();
+  const auto generate = Slalom({"generate", "a ball", "-o", Path("listed.mp4")});
+  ASSERT_EQ(generate->Wait(), 0) << generate->err();
+  const auto jobs = Slalom({"jobs"});
+  ASSERT_EQ(jobs->Wait(), 0);
+  EXPECT_NE(jobs->out().find("succeeded"), std::string::npos) << jobs->out();
+  EXPECT_NE(jobs->out().find("a ball"), std::string::npos);
+}
+
+TEST_F(ProcessTest, FailuresPrintCodeMessageAndAdviceAndLeaveNoFile) {
+  Start();
+  const auto bad = Slalom({"generate", "a ball", "-o", Path("bad.mp4"), "--frames", "8"});
+  EXPECT_EQ(bad->Wait(), 1);
+  EXPECT_NE(bad->err().find("INVALID_ARGUMENT"), std::string::npos) << bad->err();
+  EXPECT_NE(bad->err().find("num_frames"), std::string::npos) << bad->err();
+  EXPECT_NE(bad->err().find("what to try"), std::string::npos) << bad->err();
+  EXPECT_FALSE(fs::exists(Path("bad.mp4")));
+  EXPECT_FALSE(fs::exists(Path("bad.mp4.part")));
+  EXPECT_EQ(Slalom({"generate", "a ball", "-o", Path("bad.mp4"), "--size", "big"})->Wait(), 2);
+  EXPECT_EQ(Slalom({"generate", "a ball"})->Wait(), 2);
+  address_ = "127.0.0.1:1";
+  const auto nobody = Slalom({"models"});
+  EXPECT_EQ(nobody->Wait(), 1);
+  EXPECT_NE(nobody->err().find("UNAVAILABLE"), std::string::npos) << nobody->err();
+}
+
+TEST_F(ProcessTest, CtrlCCancelsTheJob) {
+  Start();
+  const auto generate = LongGenerate(Path("interrupted.mp4"));
+  ASSERT_TRUE(generate->WaitForOutput("denoise")) << generate->err();
+  generate->Signal(SIGINT);
+  EXPECT_EQ(generate->Wait(), 130);
+  EXPECT_FALSE(fs::exists(Path("interrupted.mp4")));
+  EXPECT_FALSE(fs::exists(Path("interrupted.mp4.part")));
+  EXPECT_TRUE(JobBecomes(JobId(*generate), "cancelled"));
+}
+
+TEST_F(ProcessTest, AKilledClientsJobIsCancelledAndTheServerGoesOn) {
+  Start();
+  const auto generate = LongGenerate(Path("killed.mp4"));
+  ASSERT_TRUE(generate->WaitForOutput("denoise")) << generate->err();
+  generate->Signal(SIGKILL);
+  EXPECT_EQ(generate->Wait(), 128 + SIGKILL);
+  EXPECT_FALSE(fs::exists(Path("killed.mp4")));
+  EXPECT_TRUE(JobBecomes(JobId(*generate), "cancelled"));
+  const auto next = Slalom({"generate", "a ball", "-o", Path("next.mp4")});
+  EXPECT_EQ(next->Wait(), 0) << next->err();
+}
+
+TEST_F(ProcessTest, ADetachedJobSurvivesItsClientAndIsResumed) {
+  Start();
+  const auto submit = Slalom({"generate", "a ball", "--detach"});
+  ASSERT_EQ(submit->Wait(), 0) << submit->err();
+  std::string id = submit->out();
+  ASSERT_FALSE(id.empty());
+  id.pop_back();
+  const auto resume = Slalom({"resume", id, "-o", Path("resumed.mp4")});
+  ASSERT_EQ(resume->Wait(), 0) << resume->err();
+  EXPECT_EQ(DecodeVideo(ReadFile(Path("resumed.mp4"))).frames.size(), 5u);
+  const auto cancel = Slalom({"cancel", id});
+  EXPECT_EQ(cancel->Wait(), 0);
+  EXPECT_EQ(Slalom({"cancel", "nobody"})->Wait(), 1);
+}
+
+TEST_F(ProcessTest, AFullDiskOfTheClientIsReportedAndLeavesNoFile) {
+  Start();
+  Process::Limits limits;
+  limits.file_bytes = 512;
+  const auto generate = Slalom({"generate", "a ball", "-o", Path("full.mp4")}, limits);
+  EXPECT_EQ(generate->Wait(), 1);
+  EXPECT_NE(generate->err().find("RESOURCE_EXHAUSTED"), std::string::npos) << generate->err();
+  EXPECT_NE(generate->err().find("full.mp4"), std::string::npos) << generate->err();
+  EXPECT_FALSE(fs::exists(Path("full.mp4")));
+  EXPECT_FALSE(fs::exists(Path("full.mp4.part")));
+  const auto device = Slalom({"generate", "a ball", "-o", "/dev/full"});
+  EXPECT_EQ(device->Wait(), 1);
+  EXPECT_TRUE(fs::is_character_file("/dev/full"));
+}
+
+TEST_F(ProcessTest, SigtermFinishesWhatRunsAndExitsWithZero) {
+  Start();
+  const std::string file = Path("drained.mp4");
+  const auto generate = Slalom(
+      {"generate", "a ball", "-o", file, "--size", "128x128", "--frames", "9", "--steps", "20"});
+  ASSERT_TRUE(generate->WaitForOutput("denoise")) << generate->err();
+  daemon_->Signal(SIGTERM);
+  EXPECT_EQ(generate->Wait(), 0) << generate->err();
+  EXPECT_EQ(daemon_->Wait(), 0) << daemon_->err();
+  EXPECT_EQ(DecodeVideo(ReadFile(file)).frames.size(), 9u);
+}
+
+TEST_F(ProcessTest, ASecondSignalEndsItNow) {
+  Start();
+  const auto generate = LongGenerate(Path("hurried.mp4"));
+  ASSERT_TRUE(generate->WaitForOutput("denoise")) << generate->err();
+  daemon_->Signal(SIGTERM);
+  ASSERT_TRUE(daemon_->WaitForOutput("draining"));
+  daemon_->Signal(SIGTERM);
+  EXPECT_EQ(daemon_->Wait(), 1) << "a job was lost";
+  EXPECT_EQ(generate->Wait(), 1);
+  EXPECT_NE(generate->err().find("UNAVAILABLE"), std::string::npos) << generate->err();
+  EXPECT_FALSE(fs::exists(Path("hurried.mp4")));
+}
+
+TEST_F(ProcessTest, ABusyPortIsAClearFailure) {
+  Start();
+  Process second(
+      {SLALOMD, "--models", Model(), "--listen", address_, "--http-listen", "127.0.0.1:0"});
+  EXPECT_EQ(second.Wait(), 1);
+  EXPECT_NE(second.err().find("cannot bind " + address_), std::string::npos) << second.err();
+}
+
+TEST_F(ProcessTest, BadConfigurationExitsWithTwo) {
+  for (const std::vector<std::string>& arguments :
+       std::vector<std::vector<std::string>>{{"--no-such-flag"},
+                                             {"--listen", "nonsense"},
+                                             {"--config", "/no/such/file"},
+                                             {"--device", "tpu"}}) {
+    std::vector<std::string> all = {SLALOMD};
+    all.insert(all.end(), arguments.begin(), arguments.end());
+    Process daemon(all);
+    EXPECT_EQ(daemon.Wait(), 2) << arguments[0];
+    EXPECT_FALSE(daemon.err().empty());
+  }
+  const auto no_model = Daemon({}, "/no/such/model");
+  EXPECT_EQ(no_model->Wait(), 2);
+  EXPECT_NE(no_model->err().find("/no/such/model"), std::string::npos) << no_model->err();
+}
+
+TEST_F(ProcessTest, ADamagedModelFileIsAClearFailure) {
+  const std::string damaged = Path("damaged");
+  fs::copy(Model(), damaged, fs::copy_options::recursive);
+  std::string victim;
+  for (const auto& entry : fs::directory_iterator(damaged + "/transformer")) {
+    if (entry.path().extension() == ".safetensors") victim = entry.path().string();
+  }
+  ASSERT_FALSE(victim.empty());
+  fs::resize_file(victim, fs::file_size(victim) / 2);
+  const auto daemon = Daemon({}, damaged);
+  EXPECT_EQ(daemon->Wait(), 1);
+  EXPECT_NE(daemon->err().find(fs::path(victim).filename().string()), std::string::npos)
+      << daemon->err();
+}
+
+}  // namespace
+}  // namespace slalom
