@@ -57,9 +57,13 @@ class SlaRun {
  private:
   // Blocks whose sums are kept apart: one by one, unless every block is in scope anyway.
   static constexpr std::int64_t kBlocksPerSumWhenAll = 8;
+  static constexpr std::int64_t kSumPiece = 1024;
 
   void PackAndSum(std::int64_t first, std::int64_t heads);
   void Totals(std::int64_t heads);
+  // Scope kAll: every query block has the same state, and W folds into it. It replaces the head's
+  // first sum.
+  void ProjectTotals(std::int64_t heads);
   void QueryBlock(std::int64_t first, std::int64_t slot, std::int64_t block, float* scratch);
   // The linear state of one query block, or null where nothing is in scope.
   const float* State(std::int64_t slot, const std::uint8_t* classes, double* sum, float* state);
@@ -115,7 +119,7 @@ SlaRun<T>::SlaRun(CpuBackend& backend, const simd::Kernels& kernels, const Paral
   const std::int64_t rows = std::max(layout_.padded_block(), kTileRows);
   scratch_floats_ = TileScratchFloats(layout_) + 2 * RoundUp(rows * width, 16);
   if (linear_) {
-    scratch_floats_ += 3 * RoundUp(state, 16);
+    scratch_floats_ += 2 * kSumPiece + RoundUp(state, 16);
     sums_ = backend.Allocate(Shape{group_, pieces_, state}, DType::kF32);
     totals_ = backend.Allocate(Shape{group_, state}, DType::kF64);
     weight_ = backend.Allocate(Shape{s_.head_size, width}, DType::kF32);
@@ -134,6 +138,7 @@ void SlaRun<T>::Run() {
     const std::int64_t heads = std::min(group_, all_heads - first);
     PackAndSum(first, heads);
     if (linear_) Totals(heads);
+    if (linear_ && args_.scope == LinearScope::kAll) ProjectTotals(heads);
     parallel_.Tasks(heads * query_blocks, [&](std::int64_t i, int thread) {
       QueryBlock(first, i / query_blocks, i % query_blocks,
                  scratch_.data<float>() + thread * scratch_floats_);
@@ -188,13 +193,12 @@ void SlaRun<T>::PackAndSum(std::int64_t first, std::int64_t heads) {
 
 template <typename T>
 void SlaRun<T>::Totals(std::int64_t heads) {
-  constexpr std::int64_t kGrain = 1024;
   const std::int64_t state = branch_.state_floats();
-  const std::int64_t cuts = (state + kGrain - 1) / kGrain;
+  const std::int64_t cuts = (state + kSumPiece - 1) / kSumPiece;
   parallel_.Tasks(heads * cuts, [&](std::int64_t task, int /*thread*/) {
     const std::int64_t slot = task / cuts;
-    const std::int64_t begin = task % cuts * kGrain;
-    const std::int64_t count = std::min(kGrain, state - begin);
+    const std::int64_t begin = task % cuts * kSumPiece;
+    const std::int64_t count = std::min(kSumPiece, state - begin);
     double* total = Total(slot) + begin;
     std::fill_n(total, count, 0.0);
     for (std::int64_t p = 0; p < pieces_; ++p) {
@@ -204,28 +208,50 @@ void SlaRun<T>::Totals(std::int64_t heads) {
 }
 
 template <typename T>
+void SlaRun<T>::ProjectTotals(std::int64_t heads) {
+  const std::int64_t width = layout_.padded_size();
+  const std::int64_t state = branch_.state_floats();
+  parallel_.Tasks(heads, [&](std::int64_t slot, int thread) {
+    float* rounded = scratch_.data<float>() + thread * scratch_floats_;
+    for (std::int64_t i = 0; i < state; ++i) rounded[i] = static_cast<float>(Total(slot)[i]);
+    kernels_.gemm({.m = s_.head_size,
+                   .n = width,
+                   .k = s_.head_size,
+                   .a = rounded,
+                   .a_row = width,
+                   .b = weight_.data<float>(),
+                   .ldb = width,
+                   .c = Sums(slot, 0),
+                   .ldc = width});
+    const float* divisors = branch_.Divisors(rounded);
+    std::copy_n(divisors, width, Sums(slot, 0) + (divisors - rounded));
+  });
+}
+
+template <typename T>
 const float* SlaRun<T>::State(std::int64_t slot, const std::uint8_t* classes, double* sum,
                               float* state) {
+  if (args_.scope == LinearScope::kAll) return Sums(slot, 0);
+  const auto inside = std::count_if(classes, classes + layout_.blocks(),
+                                    [&](std::uint8_t c) { return InScope(args_.scope, c); });
+  if (inside == 0) return nullptr;
+  const bool subtract = 2 * inside > layout_.blocks();
+  // Piece by piece, so that the running sum stays in the first cache.
   const std::int64_t floats = branch_.state_floats();
-  const double* from = Total(slot);
-  if (args_.scope != LinearScope::kAll) {
-    const auto inside = std::count_if(classes, classes + layout_.blocks(),
-                                      [&](std::uint8_t c) { return InScope(args_.scope, c); });
-    if (inside == 0) return nullptr;
-    const bool subtract = 2 * inside > layout_.blocks();
+  for (std::int64_t begin = 0; begin < floats; begin += kSumPiece) {
+    const std::int64_t count = std::min(kSumPiece, floats - begin);
     if (subtract) {
-      std::copy_n(from, floats, sum);
+      std::copy_n(Total(slot) + begin, count, sum);
     } else {
-      std::fill_n(sum, floats, 0.0);
+      std::fill_n(sum, count, 0.0);
     }
     for (std::int64_t j = 0; j < layout_.blocks(); ++j) {
       if (InScope(args_.scope, classes[j]) != subtract) {
-        kernels_.accumulate(Sums(slot, j), subtract ? -1.0 : 1.0, floats, sum);
+        kernels_.accumulate(Sums(slot, j) + begin, subtract ? -1.0 : 1.0, count, sum);
       }
     }
-    from = sum;
+    for (std::int64_t i = 0; i < count; ++i) state[begin + i] = static_cast<float>(sum[i]);
   }
-  for (std::int64_t i = 0; i < floats; ++i) state[i] = static_cast<float>(from[i]);
   return state;
 }
 
@@ -246,7 +272,7 @@ void SlaRun<T>::QueryBlock(std::int64_t first, std::int64_t slot, std::int64_t b
   float* extra = cutter.Take(kTileRows * width);
   const float* state = nullptr;
   if (linear_) {
-    auto* sum = reinterpret_cast<double*>(cutter.Take(2 * branch_.state_floats()));
+    auto* sum = reinterpret_cast<double*>(cutter.Take(2 * kSumPiece));
     float* rounded = cutter.Take(branch_.state_floats());
     const std::uint8_t* classes = map_.classes.data<std::uint8_t>() + row_index * layout_.blocks();
     state = State(slot, classes, sum, rounded);
@@ -262,18 +288,22 @@ void SlaRun<T>::QueryBlock(std::int64_t first, std::int64_t slot, std::int64_t b
     }
     if (state != nullptr) {
       Phi(q, begin, rows, features);
-      // The tile's scores are done with: the linear output waits there for its projection.
-      float* linear = tile.q;
-      branch_.Query(features, features, state, rows, linear);
-      kernels_.gemm({.m = rows,
-                     .n = width,
-                     .k = s_.head_size,
-                     .a = linear,
-                     .a_row = width,
-                     .b = weight_.data<float>(),
-                     .ldb = width,
-                     .c = extra,
-                     .ldc = width});
+      if (args_.scope == LinearScope::kAll) {
+        branch_.Query(features, features, state, rows, extra);
+      } else {
+        // The tile's queries are done with: the linear output waits there for its projection.
+        float* linear = tile.q;
+        branch_.Query(features, features, state, rows, linear);
+        kernels_.gemm({.m = rows,
+                       .n = width,
+                       .k = s_.head_size,
+                       .a = linear,
+                       .a_row = width,
+                       .b = weight_.data<float>(),
+                       .ldb = width,
+                       .c = extra,
+                       .ldc = width});
+      }
     }
     for (std::int64_t r = 0; r < rows; ++r) {
       float* row = extra + r * width;

@@ -82,9 +82,18 @@ void CpuBackend::Conv(const ConvArgs& args) {
     if (s.history > 0) Copy(args.history, input.Slice(zeros, s.kt - 1));
     Copy(args.x, input.Slice(s.kt - 1, s.kt - 1 + s.frames));
   }
-  if (args.residual.defined() && args.residual.raw() != args.out.raw()) {
-    Copy(args.residual, args.out);
-  }
+  // oneDNN's bf16 needs AVX-512; elsewhere the convolution runs in f32.
+  const bool widen = type == DType::kBF16 && !features_.avx512;
+  const auto in_f32 = [&](const Tensor& x) {
+    if (!widen) return x;
+    Tensor copy = Allocate(x.shape(), DType::kF32);
+    Copy(x, copy);
+    return copy;
+  };
+  const Tensor weight = in_f32(args.weight);
+  const Tensor out = widen ? Allocate(args.out.shape(), DType::kF32) : args.out;
+  input = in_f32(input);
+  if (args.residual.defined() && args.residual.raw() != out.raw()) Copy(args.residual, out);
   onednn_.Convolution({.frames_out = s.frames,
                        .height = s.out_height,
                        .width = s.out_width,
@@ -93,12 +102,13 @@ void CpuBackend::Conv(const ConvArgs& args) {
                        .kt = s.kt,
                        .kh = s.kh,
                        .kw = s.kw,
-                       .type = type,
+                       .type = widen ? DType::kF32 : type,
                        .x = input.raw(),
-                       .weight = args.weight.raw(),
+                       .weight = weight.raw(),
                        .bias = args.bias.defined() ? args.bias.data<float>() : nullptr,
                        .add_to_out = args.residual.defined(),
-                       .out = args.out.raw()});
+                       .out = out.raw()});
+  if (widen) Copy(out, args.out);
 }
 
 }  // namespace slalom

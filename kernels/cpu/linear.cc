@@ -1,6 +1,7 @@
-// Linear: oneDNN's matmul with bias, activation, gate and residual fused.
+// Linear: one matrix product with bias, activation, gate and residual fused.
 #include "kernels/cpu/check.h"
 #include "kernels/cpu/cpu_backend.h"
+#include "kernels/cpu/gemm.h"
 
 namespace slalom {
 
@@ -35,6 +36,10 @@ void CpuBackend::Linear(const LinearArgs& args) {
   }
   if (m == 0 || n == 0) return;
 
+  // oneDNN's AVX-512 products give a row the same bits for every M (the tests hold it to that); its
+  // AVX2 product does not, and bf16 without the instructions for it is slow there.
+  const bool use_onednn =
+      type == DType::kBF16 ? features_.avx512_bf16 || features_.amx_bf16 : features_.avx512;
   const std::int64_t rows = m / groups;
   const auto row_bytes = [](const Tensor& t, std::int64_t elements) {
     return elements * static_cast<std::int64_t>(ByteSize(t.dtype()));
@@ -54,7 +59,11 @@ void CpuBackend::Linear(const LinearArgs& args) {
     }
     if (args.gate.defined()) call.gate = args.gate.data<float>() + g * n;
     call.out = args.out.data<std::byte>() + row_bytes(args.out, g * rows * n);
-    onednn_.Matmul(call);
+    if (use_onednn) {
+      onednn_.Matmul(call);
+    } else {
+      OwnMatmul(kernels_, parallel_, *arena_, call);
+    }
   }
 }
 

@@ -214,7 +214,8 @@ TEST_P(AttentionTest, DenseWithLargeScores) {
   const auto run = [&](auto policy) {
     return reference::Attention<decltype(policy)>(q, k, v, 1.0, Array(), nullptr);
   };
-  ExpectClose(out, run(Exact{}), Plain(run), "large scores");
+  // Scores of a thousand carry a rounding error of a thousand units into the exponent.
+  ExpectClose(out, run(Exact{}), Plain(run), "large scores", type() == kF32 ? 1024.0 : 2.0);
 }
 
 // One element of a batch gives the same bits alone.

@@ -217,6 +217,8 @@ TEST(ChooseAttentionKernel, TakesTheFastestThatCan) {
   EXPECT_EQ(ChooseAttentionKernel(problem, false, 9), AttentionKernel::kProduct);
   problem.head_size = 384;
   EXPECT_EQ(ChooseAttentionKernel(problem, true, 9), AttentionKernel::kProduct);
+  problem.head_size = 7;
+  EXPECT_EQ(ChooseAttentionKernel(problem, true, 9), AttentionKernel::kRow);
   problem.head_size = 64;
   const float bias = 0.0f;
   problem.relative_bias = &bias;
