@@ -8,8 +8,8 @@
 
 #include "kernels/core/error.h"
 #include "model/mapped_file.h"
+#include "model/spiece_file.h"
 #include "model/unigram.h"
-#include "sentencepiece_processor.h"
 
 namespace slalom {
 namespace {
@@ -17,8 +17,8 @@ namespace {
 constexpr std::string_view kMark = "\u2581";  // stands for the space before a word
 constexpr int kExtraIds = 300;                // google/umt5's sentinels
 
-// Spaces become marks, runs of them one; the text gets a mark in front if it has none, and spaces at
-// its end go. As transformers' SpmConverter sets up its normaliser and Metaspace.
+// Spaces become marks, runs of them one; the text gets a mark in front if it has none, and spaces
+// at its end go. As transformers' SpmConverter sets up its normaliser and Metaspace.
 std::string MarkWords(std::string_view text) {
   while (text.ends_with(' ')) text.remove_suffix(1);
   std::string marked;
@@ -83,45 +83,42 @@ struct Tokenizer::State {
 
 namespace {
 
-void LoadProcessor(const std::string& path, sentencepiece::SentencePieceProcessor& processor) {
+SpieceFile LoadSpiece(const std::string& path) {
   const MappedFile file(path);
-  const std::string_view bytes(reinterpret_cast<const char*>(file.data()), file.size());
-  const auto status = processor.LoadFromSerializedProto({bytes.data(), bytes.size()});
-  if (!status.ok() || processor.GetPieceSize() == 0) {
-    throw Error(ErrorCode::kDataLoss, path + ": not a SentencePiece model: " + status.ToString());
-  }
+  SpieceFile spiece = ParseSpieceFile({file.data(), file.size()}, path);
   for (const auto& [id, what] :
-       {std::pair(processor.pad_id(), "<pad>"), std::pair(processor.eos_id(), "</s>"),
-        std::pair(processor.unk_id(), "<unk>")}) {
+       {std::pair(spiece.pad_id, "<pad>"), std::pair(spiece.eos_id, "</s>"),
+        std::pair(spiece.unk_id, "<unk>")}) {
     if (id < 0) throw Error(ErrorCode::kInvalidArgument, path + ": has no " + what);
   }
+  return spiece;
 }
 
 }  // namespace
 
 Tokenizer::Tokenizer(const std::string& folder, int vocab_size) {
   const std::string path = (std::filesystem::path(folder) / "spiece.model").string();
-  sentencepiece::SentencePieceProcessor processor;
-  LoadProcessor(path, processor);
-  const int count = processor.GetPieceSize();
+  SpieceFile spiece = LoadSpiece(path);
+  const int count = static_cast<int>(spiece.pieces.size());
   if (count > vocab_size) {
     throw Error(ErrorCode::kInvalidArgument, path + ": has " + std::to_string(count) +
                                                  " pieces, but the text encoder embeds " +
                                                  std::to_string(vocab_size));
   }
+  using Type = SpieceFile::Type;
   std::vector<Unigram::Piece> pieces;
   std::map<std::string, std::int32_t> specials;
   for (int id = 0; id < count; ++id) {
-    const std::string& text = processor.IdToPiece(id);
-    if (processor.IsControl(id) || processor.IsUnknown(id)) {
-      if (!text.empty()) specials.emplace(text, id);
-    } else if (!processor.IsUnused(id)) {
-      pieces.push_back({text, processor.GetScore(id), id});
+    SpieceFile::Piece& piece = spiece.pieces[static_cast<std::size_t>(id)];
+    if (piece.type == Type::kControl || piece.type == Type::kUnknown) {
+      specials.emplace(std::move(piece.text), id);
+    } else if (piece.type != Type::kUnused) {
+      pieces.push_back({std::move(piece.text), piece.score, id});
     }
   }
-  state_ = std::make_unique<const State>(State{Unigram(std::move(pieces), processor.unk_id()),
-                                               std::move(specials), processor.pad_id(),
-                                               processor.eos_id(), count, vocab_size});
+  state_ = std::make_unique<const State>(State{Unigram(std::move(pieces), spiece.unk_id),
+                                               std::move(specials), spiece.pad_id, spiece.eos_id,
+                                               count, vocab_size});
 }
 
 Tokenizer::~Tokenizer() = default;
