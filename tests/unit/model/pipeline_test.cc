@@ -5,13 +5,18 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
+#include <filesystem>
 #include <limits>
+#include <map>
 #include <memory>
+#include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "kernels/core/error.h"
+#include "kernels/core/random.h"
+#include "model/safetensors_writer.h"
 #include "model/wan_generation.h"
 #include "tests/unit/model/expect_error.h"
 #include "tests/unit/model/temp_folder.h"
@@ -218,6 +223,57 @@ TEST_F(PipelineTest, SparseWithEverythingKeptIsDense) {
     EXPECT_LT(error, 1e-4f);
     EXPECT_EQ(clip->statistics().sparsity(), 0.0);
   }
+}
+
+// A folder with a trained SLA adapter: it is the default then, it changes the clip by its linear
+// branch and its LoRA, and dense attention is left as it was.
+TEST_F(PipelineTest, ATrainedAdapterIsUsed) {
+  TempFolder folder;
+  WriteTinyModel(folder.path());
+  const auto random = [](const Shape& shape, std::uint64_t stream) {
+    Tensor tensor = Tensor::Host(shape, DType::kF32);
+    FillNormal(3, stream, 0,
+               {tensor.data<float>(), static_cast<std::size_t>(tensor.NumElements())});
+    return tensor;
+  };
+  std::filesystem::create_directories(folder / "attention");
+  const auto write = [&](bool lora) {
+    std::map<std::string, Tensor> tensors = {
+        {"blocks.1.attn1.sla.proj_l.weight", random({32, 32}, 1)},
+        {"blocks.1.attn1.sla.proj_l.bias", random({32}, 2)}};
+    if (lora) {
+      tensors["blocks.0.attn1.to_q.lora_A.weight"] = random({4, 64}, 3);
+      tensors["blocks.0.attn1.to_q.lora_B.weight"] = random({64, 4}, 4);
+    }
+    WriteSafetensors(folder / "attention/sla.safetensors", tensors,
+                     {{"slalom.attention",
+                       R"({"kind": "sla", "topk": 0.5, "scope": "all", "dropped_layers": [0]})"}});
+  };
+  // The latent after one step, and the spec that made it.
+  const auto run = [&](std::optional<AttentionKind> kind) {
+    PipelineOptions options;
+    options.dtype = "f32";
+    const auto pipeline = LoadPipeline(folder.path(), options);
+    ClipRequest request = Request("a red ball", 3);
+    request.width = 128;
+    request.height = 128;
+    request.attention = kind;
+    const auto clip = pipeline->Begin(pipeline->Resolve(request));
+    Generation* one = clip.get();
+    EXPECT_TRUE(pipeline->DenoiseStep({&one, 1}).empty());
+    return std::pair(Latent(*clip), clip->spec());
+  };
+  const auto untrained = run(AttentionKind::kSla).first;
+  const auto dense = run(AttentionKind::kDense).first;
+  EXPECT_EQ(run(std::nullopt).second.attention, AttentionKind::kDense);
+  write(/*lora=*/false);
+  const auto [trained, spec] = run(std::nullopt);
+  EXPECT_EQ(spec.attention, AttentionKind::kSla);
+  EXPECT_EQ(spec.topk, 0.5);
+  EXPECT_NE(trained, untrained);
+  write(/*lora=*/true);
+  EXPECT_NE(run(AttentionKind::kSla).first, trained);
+  EXPECT_EQ(run(AttentionKind::kDense).first, dense);
 }
 
 TEST_F(PipelineTest, StatisticsAndEstimates) {
