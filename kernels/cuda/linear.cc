@@ -50,7 +50,9 @@ Fusion ChooseFusion(const LinearArgs& args) {
   const bool plain = args.activation == Activation::kNone;
   // The residual comes after the activation and inside the gate, so it fuses only without both.
   fusion.residual = args.residual.defined() && !args.gate.defined() && plain;
-  fusion.gelu = args.activation == Activation::kGeluTanh && !args.residual.defined();
+  // The library's tanh is an approximation that is good for bf16 only.
+  fusion.gelu = args.activation == Activation::kGeluTanh && !args.residual.defined() &&
+                args.out.dtype() == DType::kBF16;
   // When a pass of ours follows anyway, it adds the bias in f32.
   fusion.bias = args.bias.defined() &&
                 (fusion.gelu || fusion.residual || (plain && !args.residual.defined()));

@@ -24,7 +24,7 @@ struct LayerNormOp {
     LoadFloats<kWidth>(x + row * columns + column, values);
   }
   __device__ float Factor(float squares) const {
-    return rsqrtf(squares / static_cast<float>(columns) + eps);
+    return 1.0f / sqrtf(squares / static_cast<float>(columns) + eps);
   }
   template <int kWidth>
   __device__ void Store(std::int64_t row, int column, const float* values, float mean,
@@ -64,7 +64,7 @@ struct RmsNormOp {
     LoadFloats<kWidth>(x + row * columns + column, values);
   }
   __device__ float Factor(float squares) const {
-    return rsqrtf(squares / static_cast<float>(columns) + eps);
+    return 1.0f / sqrtf(squares / static_cast<float>(columns) + eps);
   }
   template <int kWidth>
   __device__ void Store(std::int64_t row, int column, const float* values, float,
@@ -97,7 +97,7 @@ struct QkNormRopeOp {
     LoadFloats<kWidth>(x + row * columns + column, values);
   }
   __device__ float Factor(float squares) const {
-    return weight == nullptr ? 1.0f : rsqrtf(squares / static_cast<float>(columns) + eps);
+    return weight == nullptr ? 1.0f : 1.0f / sqrtf(squares / static_cast<float>(columns) + eps);
   }
   template <int kWidth>
   __device__ void Store(std::int64_t row, int column, const float* values, float,

@@ -87,6 +87,6 @@ __device__ inline float GeluTanh(float x) {
   constexpr float kSqrt2OverPi = 0.7978845608028654f;
   return 0.5f * x * (1.0f + tanhf(kSqrt2OverPi * (x + 0.044715f * x * x * x)));
 }
-__device__ inline float Silu(float x) { return x / (1.0f + __expf(-x)); }
+__device__ inline float Silu(float x) { return x / (1.0f + expf(-x)); }
 
 }  // namespace slalom::cuda

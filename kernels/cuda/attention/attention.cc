@@ -44,7 +44,8 @@ AttentionKernel ChooseAttentionKernel(const AttentionProblem& problem, bool alig
     const bool hopper = compute_major == kHopperMajor && problem.relative_bias == nullptr;
     return hopper ? AttentionKernel::kHopper : AttentionKernel::kTensorCore;
   }
-  return dense ? AttentionKernel::kProduct : AttentionKernel::kRow;
+  // The library wants rows that are multiples of 16 bytes.
+  return dense && problem.head_size % 8 == 0 ? AttentionKernel::kProduct : AttentionKernel::kRow;
 }
 
 void RunAttention(const Context& context, const AttentionProblem& problem) {

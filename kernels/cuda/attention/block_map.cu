@@ -204,14 +204,14 @@ __global__ void __launch_bounds__(256) MassKernel(const MassParameters p, const 
     for (int c = 0; c < p.head_size; ++c) score += query[c] * ToFloat(key[c]);
     score *= p.scale;
     const float largest = fmaxf(max, score);
-    const float correction = __expf(max - largest);
-    const float share = __expf(score - largest);
+    const float correction = expf(max - largest);
+    const float share = expf(score - largest);
     sum = sum * correction + share;
     critical = critical * correction + (classes[n / p.block_k] == kCriticalByte ? share : 0.0f);
     max = largest;
   }
   const float largest = BlockMax(max, shared);
-  const float factor = max == -INFINITY ? 0.0f : __expf(max - largest);
+  const float factor = max == -INFINITY ? 0.0f : expf(max - largest);
   sum = BlockSum(sum * factor, shared);
   critical = BlockSum(critical * factor, shared);
   if (threadIdx.x == 0) kept[blockIdx.x] = critical / sum;

@@ -70,7 +70,7 @@ struct TokenFeatures {
 
  private:
   __device__ static float Map(Feature feature, float x) {
-    return feature == Feature::kElu ? (x > 0.0f ? x + 1.0f : __expf(x)) : fmaxf(x, 0.0f);
+    return feature == Feature::kElu ? (x > 0.0f ? x + 1.0f : expf(x)) : fmaxf(x, 0.0f);
   }
   __device__ void Softmax(const FeatureParameters& p, float max) {
     float sum = 0.0f;
@@ -78,7 +78,7 @@ struct TokenFeatures {
     for (int i = 0; i < kPairsPerLane; ++i) {
       const bool there = 2 * (32 * i + static_cast<int>(threadIdx.x % 32)) < p.head_size;
       for (int j = 0; j < 2; ++j) {
-        product[i][j] = there ? __expf(product[i][j] - max) : 0.0f;
+        product[i][j] = there ? expf(product[i][j] - max) : 0.0f;
         sum += product[i][j];
       }
     }

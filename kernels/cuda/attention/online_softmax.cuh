@@ -59,7 +59,7 @@ struct OnlineSoftmax {
   }
   // Natural log of the row's sum of exp(scale * score); after Finish.
   __device__ float LogSumExp(int r) const {
-    return max[r] * scale_log2 * 0.6931471805599453f + __logf(sum[r]);
+    return max[r] * scale_log2 * 0.6931471805599453f + logf(sum[r]);
   }
 };
 

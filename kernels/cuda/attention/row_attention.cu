@@ -50,8 +50,8 @@ struct RowState {
       if (bias != nullptr) score += bias[key];
     }
     const float largest = fmaxf(max, GroupMax<32>(score));
-    const float correction = __expf(max - largest);
-    const float probability = lane < count ? __expf(score - largest) : 0.0f;
+    const float correction = expf(max - largest);
+    const float probability = lane < count ? expf(score - largest) : 0.0f;
     sum = sum * correction + GroupSum<32>(probability);
     max = largest;
 #pragma unroll
@@ -115,7 +115,7 @@ __global__ void __launch_bounds__(kWarps * 32)
     const int c = i * 32 + lane;
     if (c < head_size) out[at + c] = FromFloat<T>(state.output[i] * factor);
   }
-  if (parameters.lse != nullptr && lane == 0) parameters.lse[index] = state.max + __logf(state.sum);
+  if (parameters.lse != nullptr && lane == 0) parameters.lse[index] = state.max + logf(state.sum);
 }
 
 template <typename T>
@@ -141,14 +141,14 @@ __global__ void __launch_bounds__(256) RowSoftmaxKernel(const RowSoftmaxArgs arg
   max = BlockMax(max, shared);
   float sum = 0.0f;
   for (std::int64_t key = threadIdx.x; key < args.k_length; key += blockDim.x) {
-    sum += __expf(score(key) - max);
+    sum += expf(score(key) - max);
   }
   sum = BlockSum(sum, shared);
   for (std::int64_t key = threadIdx.x; key < args.k_length; key += blockDim.x) {
-    probabilities[key] = FromFloat<T>(__expf(score(key) - max) / sum);
+    probabilities[key] = FromFloat<T>(expf(score(key) - max) / sum);
   }
   if (args.lse != nullptr && threadIdx.x == 0) {
-    args.lse[head * args.q_length + query] = max + __logf(sum);
+    args.lse[head * args.q_length + query] = max + logf(sum);
   }
 }
 

@@ -118,7 +118,7 @@ __global__ void __launch_bounds__(kThreads)
     sum += ToFloat(x[row * width + c]) * weight[c];
   }
   sum = BlockSum(sum, shared);
-  if (threadIdx.x == 0) gates[row] = 1.0f / (1.0f + __expf(-(sum + *bias)));
+  if (threadIdx.x == 0) gates[row] = 1.0f / (1.0f + expf(-(sum + *bias)));
 }
 
 // Every gate of a sample becomes their mean. One block of threads per sample.
