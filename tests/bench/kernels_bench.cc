@@ -143,20 +143,16 @@ void BenchDense(Bench& bench, std::int64_t q_length, std::int64_t k_length, std:
 
 void BenchAttention(Bench& bench) {
   using cuda::AttentionKernel;
-  if (bench.backend().context().compute_major == 9) {
-    BenchDense(bench, kTokens, kTokens, kHeads, 128, AttentionKernel::kHopper,
-               "attention hopper 32760 d128");
-    BenchDense(bench, 32768, 32768, kHeads, 128, AttentionKernel::kHopper,
-               "attention hopper 32768 d128");
-    BenchDense(bench, 32768, 32768, kHeads, 64, AttentionKernel::kHopper,
-               "attention hopper 32768 d64");
-    BenchDense(bench, kTokens, 512, kHeads, 128, AttentionKernel::kHopper,
-               "attention hopper cross 32760x512");
-  }
   BenchDense(bench, kTokens, kTokens, kHeads, 128, AttentionKernel::kTensorCore,
              "attention mma.sync 32760 d128");
   BenchDense(bench, 512, 512, 64, 64, AttentionKernel::kTensorCore, "attention mma.sync UMT5");
   BenchDense(bench, 6240, 6240, 1, 384, AttentionKernel::kProduct, "attention products VAE frame");
+  if (bench.backend().context().compute_major != 9) return;
+  const auto hopper = AttentionKernel::kHopper;
+  BenchDense(bench, kTokens, kTokens, kHeads, 128, hopper, "attention hopper 32760 d128");
+  BenchDense(bench, 32768, 32768, kHeads, 128, hopper, "attention hopper 32768 d128");
+  BenchDense(bench, 32768, 32768, kHeads, 64, hopper, "attention hopper 32768 d64");
+  BenchDense(bench, kTokens, 512, kHeads, 128, hopper, "attention hopper cross 32760x512");
 }
 
 void BenchSparse(Bench& bench, int block_q, double topk, LinearScope scope, bool linear,
@@ -262,12 +258,12 @@ void RunAll(Bench& bench) {
   BenchLinear(bench, kHidden, kWidth, Activation::kGeluTanh, false, "linear 8960x1536 gelu");
   BenchLinear(bench, kWidth, kHidden, Activation::kNone, false, "linear 1536x8960 bias");
   BenchLinear(bench, kWidth, kHidden, Activation::kNone, true, "linear 1536x8960 gate + residual");
+  BenchDecoder(bench);
   BenchAttention(bench);
   BenchSparse(bench, 128, 0.05, LinearScope::kAll, false, "sparse 0.05 128x64");
   BenchSparse(bench, 64, 0.05, LinearScope::kAll, false, "sparse 0.05 64x64");
   BenchSparse(bench, 128, 0.05, LinearScope::kAll, true, "sla 0.05 128x64 all");
   BenchSparse(bench, 64, 0.05, LinearScope::kMarginal, true, "sla 0.05 64x64 marginal");
-  BenchDecoder(bench);
 }
 
 int Main(int argc, char** argv) {
