@@ -34,6 +34,9 @@ struct ServerConfig {
   std::string dtype = "auto";   // auto | f32 | bf16
   int cpu_threads = 0;          // of a CPU device; 0: one per core
   int max_batch = 0;            // clips per denoising step; 0: what the device takes
+  int max_in_flight = 8;        // clips begun and not done, per device
+  int max_decoding = 1;         // decoders at a time, per device
+  int clip_memory_mib = 0;      // device memory for clips in flight; 0: what the device has
   std::string state_dir;        // where videos are kept for ResumeVideo; empty: a temporary file
   int max_queue = 64;           // jobs that wait
   double drain_seconds = 300;   // how long running jobs may finish after SIGTERM

@@ -126,6 +126,7 @@ void JobRecord::Succeed(v1::Statistics statistics) {
     statistics.set_first_byte_seconds(first_byte_seconds_);
     statistics.set_total_seconds(SecondsSince(created_));
     job_.set_state(v1::JOB_STATE_SUCCEEDED);
+    job_.mutable_progress()->set_stage(v1::STAGE_ENCODE);
     job_.mutable_progress()->set_eta_seconds(0);
     *job_.mutable_statistics() = std::move(statistics);
     *job_.mutable_end_time() = Now();

@@ -63,7 +63,12 @@ class Server::Impl {
     SchedulerOptions options;
     options.max_queue = config_.max_queue;
     options.stall_seconds = config_.stall_seconds;
-    if (config_.max_batch > 0) options.limits.max_batch = config_.max_batch;
+    // Without a limit of ours, each pipeline's MaxBatch decides.
+    constexpr int kNoLimit = 1 << 10;
+    options.limits.max_batch = config_.max_batch > 0 ? config_.max_batch : kNoLimit;
+    options.limits.max_in_flight = config_.max_in_flight;
+    options.limits.max_decoding = config_.max_decoding;
+    options.limits.memory_bytes = static_cast<std::size_t>(config_.clip_memory_mib) << 20;
     options.on_step = [this](const StepObservation& step) { metrics_.ObserveStep(step); };
     auto scheduler = std::make_unique<Scheduler>(std::move(pipelines), std::move(options));
     {

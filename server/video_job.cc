@@ -1,5 +1,7 @@
 #include "server/video_job.h"
 
+#include <spdlog/spdlog.h>
+
 #include <algorithm>
 #include <utility>
 
@@ -162,6 +164,8 @@ void VideoJob::Complete() {
   metrics_->ObserveVideo(encode_seconds, record_->seconds_since_created(), statistics.frames(),
                          request.fps());
   metrics_->CountRequest(request.model(), AttentionLabel(request), 0);
+  spdlog::info("job {} succeeded: {} frames, {} bytes, {:.2f} s", record_->id(),
+               statistics.frames(), record_->video().size(), record_->seconds_since_created());
   record_->Succeed(std::move(statistics));
 }
 

@@ -86,6 +86,9 @@ TEST_F(ConfigTest, ReadsEveryFlag) {
   EXPECT_EQ(config.dtype, "bf16");
   EXPECT_EQ(config.cpu_threads, 3);
   EXPECT_EQ(config.max_batch, 2);
+  EXPECT_EQ(config.max_in_flight, 6);
+  EXPECT_EQ(config.max_decoding, 3);
+  EXPECT_EQ(config.clip_memory_mib, 512);
   EXPECT_EQ(config.state_dir, "/s");
   EXPECT_EQ(config.max_queue, 7);
   EXPECT_EQ(config.drain_seconds, 1.5);
