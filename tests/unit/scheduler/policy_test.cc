@@ -192,6 +192,11 @@ TEST(Policy, MemoryHoldsTheQueueBack) {
   // Two latents and the decoder of one of them.
   EXPECT_EQ(Plan({running, high}, Memory(102)), "begin 1");
   EXPECT_EQ(Plan({running, high}, Memory(101)), "denoise 0");
+  // It is the hungriest job in flight that must still find its memory, not only the new one.
+  JobView modest = high;
+  modest.cost.step_bytes = modest.cost.decode_bytes = 0;
+  EXPECT_EQ(Plan({running, modest}, Memory(102)), "begin 1");
+  EXPECT_EQ(Plan({running, modest}, Memory(101)), "denoise 0");
   // A large clip that waits for memory is not overtaken by small ones.
   JobView small = Make(Phase::kQueued, 4, Priority::kHigh);
   small.cost.decode_bytes = kMiB;

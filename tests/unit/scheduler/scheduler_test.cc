@@ -138,7 +138,7 @@ TEST_F(SchedulerTest, PreviewsComeAsOftenAsAskedFor) {
   Start();
   const auto sink = std::make_shared<RecordingSink>();
   JobRequest request = Request("a", sink);
-  request.spec.steps = 7;
+  request.spec.steps = 8;  // none after the last: the frames come next
   request.preview_every = 2;
   scheduler_->Submit(request);
   ASSERT_TRUE(sink->WaitDone());
@@ -261,6 +261,33 @@ TEST_F(SchedulerTest, ASlowClientSlowsOnlyItself) {
   ASSERT_TRUE(slow->WaitDone());
   EXPECT_EQ(slow->result().state, JobState::kSucceeded);
   EXPECT_EQ(slow->frames(), 9);
+}
+
+// Says no, and has room again before the worker can have gone to sleep over the answer.
+class HastySink : public RecordingSink {
+ public:
+  void OnAccepted(const JobHandle& handle, const JobStatus& status) override {
+    handle_ = handle;
+    RecordingSink::OnAccepted(handle, status);
+  }
+  bool WantsFrames() const noexcept override {
+    if (frames() != 1 || refused_) return true;
+    refused_ = true;
+    handle_.Wake();
+    return false;
+  }
+
+ private:
+  JobHandle handle_;
+  mutable bool refused_ = false;  // the worker's alone
+};
+
+TEST_F(SchedulerTest, NoWakeIsLost) {
+  Start();
+  const auto sink = std::make_shared<HastySink>();
+  scheduler_->Submit(Request("a", sink));
+  ASSERT_TRUE(sink->WaitDone());
+  EXPECT_EQ(sink->result().state, JobState::kSucceeded);
 }
 
 TEST_F(SchedulerTest, AClientThatNeverReadsLosesItsJob) {
