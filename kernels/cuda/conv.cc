@@ -47,6 +47,24 @@ bool Aligned16(const void* pointer) { return reinterpret_cast<std::uintptr_t>(po
 
 }  // namespace
 
+ConvKernel ChooseConvKernel(const ConvShape& shape, DType type, bool aligned, int compute_major) {
+  if (type != DType::kBF16 || !aligned || shape.channels_in % 8 != 0) return ConvKernel::kSimple;
+  const bool hopper = compute_major == 9 && shape.doubling == 0 && shape.channels_in % 96 == 0 &&
+                      shape.channels_out % 96 == 0;
+  return hopper ? ConvKernel::kHopper : ConvKernel::kTensorCore;
+}
+
+void RunConv(const Context& context, const ConvProblem& problem, DType type, ConvKernel kernel) {
+  switch (kernel) {
+    case ConvKernel::kHopper:
+      return HopperConv(context, problem);
+    case ConvKernel::kTensorCore:
+      return TensorCoreConv(context, problem);
+    case ConvKernel::kSimple:
+      return SimpleConv(context, problem, type);
+  }
+}
+
 void Conv(const Context& context, const ConvArgs& args) {
   const ConvShape shape = CheckConv(args);
   if (args.out.NumElements() == 0) return;
@@ -69,15 +87,11 @@ void Conv(const Context& context, const ConvArgs& args) {
   problem.bias = args.bias.defined() ? args.bias.data<float>() : nullptr;
   problem.residual = args.residual.defined() ? args.residual.raw() : nullptr;
   problem.out = args.out.raw();
-  const bool tensor_cores = args.x.dtype() == DType::kBF16 && shape.channels_in % 8 == 0 &&
-                            Aligned16(problem.x) && Aligned16(problem.history) &&
-                            Aligned16(problem.weight) && Aligned16(problem.residual) &&
-                            Aligned16(problem.out);
-  if (tensor_cores) {
-    TensorCoreConv(context, problem);
-  } else {
-    SimpleConv(context, problem, args.x.dtype());
-  }
+  const bool aligned = Aligned16(problem.x) && Aligned16(problem.history) &&
+                       Aligned16(problem.weight) && Aligned16(problem.bias) &&
+                       Aligned16(problem.residual) && Aligned16(problem.out);
+  RunConv(context, problem, args.x.dtype(),
+          ChooseConvKernel(shape, args.x.dtype(), aligned, context.compute_major));
 }
 
 }  // namespace slalom::cuda

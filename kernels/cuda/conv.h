@@ -96,6 +96,18 @@ struct ConvProblem {
   void* out = nullptr;             // [T, H', W', Co]
 };
 
+enum class ConvKernel {
+  kHopper,      // TMA and wgmma, sm_90: channels in multiples of 96, no doubling
+  kTensorCore,  // mma.sync: channels_in in multiples of 8
+  kSimple,      // anything
+};
+
+// The fastest kernel that can do this; a pure function. `aligned`: all pointers by 16 bytes.
+ConvKernel ChooseConvKernel(const ConvShape& shape, DType type, bool aligned, int compute_major);
+void RunConv(const Context& context, const ConvProblem& problem, DType type, ConvKernel kernel);
+
+// The Wan decoder's channels, 96, 192 and 384, in bf16 on Hopper.
+void HopperConv(const Context& context, const ConvProblem& problem);
 // bf16 with channels_in divisible by 8 and 16-byte alignment, sm_80 and newer.
 void TensorCoreConv(const Context& context, const ConvProblem& problem);
 // Any number of channels, f32 arithmetic.

@@ -48,6 +48,8 @@ check rows kernels_cuda_test '*Rows*:*Memory*' 90
 check frames kernels_cuda_test '*Frames*' 90
 check kernels-sm80 kernels_cuda_attention_test '-*Hopper*' 90
 check kernels-hopper kernels_cuda_attention_test '*Hopper*' 60
+check conv-sm80 kernels_cuda_conv_test '-*Hopper*' 60
+check conv-hopper kernels_cuda_conv_test '*Hopper*' 60
 check attention kernels_cuda_test '*Attention*' 90
 timeout 150 "$build/tests/bench/kernels_bench" --json "$results/kernels_bench.json" 2>&1 | tee "$results/kernels_bench.txt"
 if python3 -c "import torch; assert torch.cuda.is_available()" 2>/dev/null; then

@@ -33,14 +33,15 @@ CUtensorMap MakeTensorMap(const void* data, const std::array<std::uint64_t, 4>& 
                           const std::array<std::uint64_t, 3>& strides,
                           const std::array<std::uint32_t, 4>& box) {
   static const EncodeFunction encode = FindEncode();
+  Require(box[0] == 64 || box[0] == 32, "MakeTensorMap: boxes are 64 or 32 elements wide");
   const std::array<std::uint64_t, 3> byte_strides{strides[0] * 2, strides[1] * 2, strides[2] * 2};
   const std::array<std::uint32_t, 4> element_strides{1, 1, 1, 1};
   CUtensorMap map{};
   const CUresult result =
       encode(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 4, const_cast<void*>(data), extents.data(),
              byte_strides.data(), box.data(), element_strides.data(), CU_TENSOR_MAP_INTERLEAVE_NONE,
-             CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
-             CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+             box[0] == 64 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B,
+             CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (result != CUDA_SUCCESS) {
     throw Error(ErrorCode::kInternal,
                 "cuTensorMapEncodeTiled: error " + std::to_string(static_cast<int>(result)));

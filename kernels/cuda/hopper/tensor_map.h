@@ -9,7 +9,8 @@
 namespace slalom::cuda::hopper {
 
 // A bf16 tensor of four dimensions, innermost first and dense there; boxes of it land in shared
-// memory with the 128-byte swizzle, so box[0] is 64 at most. `strides` counts elements between
+// memory with the 128-byte swizzle when box[0] is 64, with the 64-byte swizzle when it is 32.
+// `strides` counts elements between
 // neighbours of dimensions 1 to 3, multiples of 8; `data` is aligned to 16 bytes. Throws
 // Error(kInternal) on anything else, Error(kFailedPrecondition) when the driver has no TMA.
 CUtensorMap MakeTensorMap(const void* data, const std::array<std::uint64_t, 4>& extents,
