@@ -39,7 +39,7 @@ def make(goldens, parts, demo):
         text_encoder.make(goldens, vocab_size)
     if "demo" in parts:
         print("demo")
-        for module in (transformer, text_encoder, vae):
+        for module in (tokenizer, transformer, text_encoder, vae):
             module.make_demo(goldens, demo)
 
 

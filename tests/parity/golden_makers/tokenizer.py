@@ -53,13 +53,8 @@ def train():
     return model.getvalue()
 
 
-def make(goldens):
-    """Returns the size of the vocabulary, extra ids included: the text encoder's rows."""
-    folder = goldens.model("odd") / "tokenizer"
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "spiece.model"
-    if not path.exists():  # training is not the same on every machine; the ids hang on the file
-        path.write_bytes(train())
+def read(path):
+    """The Hugging Face tokenizer of a SentencePiece file, and how many ids it has."""
     pieces = sentencepiece.SentencePieceProcessor(model_file=str(path))
     reader = types.SimpleNamespace(vocab_file=str(path), _extra_ids=EXTRA_IDS,
                                    convert_tokens_to_ids=pieces.piece_to_id)
@@ -68,11 +63,33 @@ def make(goldens):
                                  + [f"<extra_id_{i}>" for i in range(EXTRA_IDS)])
     tokenizer.enable_truncation(LENGTH)
     tokenizer.enable_padding(pad_id=0, pad_token="<pad>", length=LENGTH)
+    return tokenizer, pieces.vocab_size() + EXTRA_IDS
+
+
+def write(goldens, case, tokenizer, text, folder_name):
+    encoded = tokenizer.encode(prompt_clean(text))
+    ids = torch.tensor([encoded.ids], dtype=torch.int64)
+    mask = torch.tensor([encoded.attention_mask], dtype=torch.int64)
+    print(f"    {case}: {encoded.ids[: int(mask.sum())][:24]}")
+    goldens.write(case, ["tokenizer", "--text", text], None,
+                  {"input_ids": ids, "attention_mask": mask}, folder_name, SOURCE)
+
+
+def make(goldens):
+    """Returns the size of the vocabulary, extra ids included: the text encoder's rows."""
+    folder = goldens.model("odd") / "tokenizer"
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "spiece.model"
+    if not path.exists():  # training is not the same on every machine; the ids hang on the file
+        path.write_bytes(train())
+    tokenizer, vocab_size = read(path)
     for name, text in TEXTS.items():
-        encoded = tokenizer.encode(prompt_clean(text))
-        ids = torch.tensor([encoded.ids], dtype=torch.int64)
-        mask = torch.tensor([encoded.attention_mask], dtype=torch.int64)
-        print(f"    {name}: {encoded.ids[: int(mask.sum())][:24]}")
-        goldens.write(f"tokenizer_{name}", ["tokenizer", "--text", text], None,
-                      {"input_ids": ids, "attention_mask": mask}, "odd", SOURCE)
-    return pieces.vocab_size() + EXTRA_IDS
+        write(goldens, f"tokenizer_{name}", tokenizer, text, "odd")
+    return vocab_size
+
+
+def make_demo(goldens, demo):
+    tokenizer, _ = read(demo / "tokenizer" / "spiece.model")
+    for name, text in (("known", "a red ball rolls from left to right over a green floor"),
+                       ("foreign", "A Zebra, quietly: \u6f22\u5b57 & 42 kites")):
+        write(goldens, f"demo_tokenizer_{name}", tokenizer, text, "demo")
