@@ -1,8 +1,9 @@
 #!/bin/bash
 # Builds kernels/ alone on a machine with a GPU, checks it and times it; the tables come last.
 #
-#   tests/bench/kernels_on_gpu.sh [RESULT_DIR]
+#   tests/bench/kernels_on_gpu.sh [RESULT_DIR [sanitize]]
 #
+# With "sanitize", compute-sanitizer's memcheck and racecheck run over the tests instead of the timing.
 # Needs nvcc, CMake and GoogleTest; where GoogleTest is not installed, its sources may lie in
 # build/googletest. PyTorch, if python3 has it, is timed beside.
 set -uo pipefail
@@ -43,6 +44,21 @@ check() {  # NAME PROGRAM FILTER SECONDS
   summary+=("$1: exit $status, $(grep -E '^\[  (PASSED|FAILED)' "$log" | head -2 | tr '\n' ' ')")
   [ $status -eq 0 ] || grep -E 'off by|FAILED|what\(\)|rror|Le|actual' "$log" | cut -c1-220 | head -25
 }
+sanitize() {  # TOOL PROGRAM
+  local log="$results/$1-$2.log"
+  timeout 250 compute-sanitizer --tool "$1" --error-exitcode 9 \
+    "$(find "$build/tests" -name "$2" -type f)" --gtest_brief=1 >"$log" 2>&1
+  summary+=("$1 $2: exit $?, $(grep -E 'ERROR SUMMARY|RACECHECK SUMMARY' "$log" | tail -1)")
+}
+if [ "${2:-}" = sanitize ]; then
+  for tool in memcheck racecheck; do
+    for program in kernels_cuda_test kernels_cuda_conv_test kernels_cuda_attention_test; do
+      sanitize "$tool" "$program"
+    done
+  done
+  printf '%s\n' "${summary[@]}"
+  exit 0
+fi
 check host kernels_cuda_host_test '*' 60
 check rows kernels_cuda_test '*Rows*:*Memory*' 90
 check frames kernels_cuda_test '*Frames*' 90
