@@ -54,6 +54,7 @@ class Server::Impl {
     Drain([] { return true; });
     http_.reset();
     grpc_->Shutdown(std::chrono::system_clock::now());
+    service_.Stop();
   }
 
   HostPort grpc_address() const { return {config_.listen.host, grpc_port_}; }

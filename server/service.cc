@@ -68,13 +68,16 @@ class VideoService::Impl final : public RawService {
         store_(std::move(options.state_dir), options.job_retention_seconds, options.max_kept_jobs),
         janitor_([this] { Tick(); }) {}
 
-  ~Impl() override {
+  ~Impl() override { Stop(); }
+
+  void Stop() {
     {
       std::lock_guard lock(mutex_);
       stopping_ = true;
     }
     stop_.notify_one();
-    janitor_.join();
+    if (janitor_.joinable()) janitor_.join();
+    scheduler_ = nullptr;
   }
 
   void Serve(Scheduler* scheduler) { scheduler_ = scheduler; }
@@ -338,5 +341,7 @@ VideoService::~VideoService() = default;
 grpc::Service* VideoService::grpc_service() { return impl_.get(); }
 void VideoService::Serve(Scheduler* scheduler) { impl_->Serve(scheduler); }
 void VideoService::Settle(SchedulerClock::time_point deadline) { impl_->Settle(deadline); }
+
+void VideoService::Stop() { impl_->Stop(); }
 
 }  // namespace slalom

@@ -39,12 +39,14 @@ class VideoService {
 
   grpc::Service* grpc_service();
 
-  // Until this is called every RPC answers UNAVAILABLE, "warming up". The scheduler must be drained
-  // before it goes, and go after the gRPC server that this service is registered with.
+  // Until this is called every RPC answers UNAVAILABLE, "warming up". The scheduler must live until
+  // Stop.
   void Serve(Scheduler* scheduler);
 
   // Waits until every job's last byte is kept, or the deadline; then keeps what --state-dir needs.
   void Settle(SchedulerClock::time_point deadline);
+  // Lets go of the scheduler, which may then be destroyed. To be called once gRPC has shut down.
+  void Stop();
 
  private:
   class Impl;
