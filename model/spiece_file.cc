@@ -21,9 +21,11 @@ constexpr std::uint32_t kModelTrainerSpec = 2;
 constexpr std::uint32_t kPieceText = 1;
 constexpr std::uint32_t kPieceScore = 2;
 constexpr std::uint32_t kPieceType = 3;
+constexpr std::uint32_t kTrainerModelType = 3;
 constexpr std::uint32_t kTrainerUnkPiece = 45;
 constexpr std::uint32_t kTrainerEosPiece = 47;
 constexpr std::uint32_t kTrainerPadPiece = 48;
+constexpr std::uint64_t kUnigram = 1;  // TrainerSpec.ModelType
 
 struct Malformed {
   const char* what;
@@ -145,6 +147,10 @@ SpecialNames ParseTrainerSpec(std::string_view bytes) {
   SpecialNames names;
   Fields fields(bytes);
   while (const auto field = fields.Next()) {
+    if (field->number == kTrainerModelType) {
+      Expect(*field, Fields::kVarint);
+      if (field->value != kUnigram) throw Malformed{"it is not a unigram model"};
+    }
     std::string* name = field->number == kTrainerUnkPiece   ? &names.unk
                         : field->number == kTrainerEosPiece ? &names.eos
                         : field->number == kTrainerPadPiece ? &names.pad

@@ -37,7 +37,7 @@ struct SpieceFile {
 };
 
 // Throws Error(kDataLoss) that begins with `path` when the bytes are no such file: not the format,
-// an empty, repeated or non-UTF-8 piece, a score that is not finite, no or two unknown pieces.
+// not a unigram model, an empty, repeated or non-UTF-8 piece, a score that is not finite, no or two unknown pieces.
 SpieceFile ParseSpieceFile(std::span<const std::byte> bytes, const std::string& path);
 
 }  // namespace slalom

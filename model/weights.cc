@@ -26,13 +26,18 @@ Shard OpenShard(const std::string& path) {
 }
 
 // A shard stands beside its index: a name with a separator could reach any file of the machine.
-void CheckShardName(const std::string& name, const std::string& index_path) {
+std::string ShardName(const nlohmann::json& value, const std::string& index_path) {
+  if (!value.is_string()) {
+    throw Error(ErrorCode::kDataLoss, index_path + ": a shard's name is " + value.dump());
+  }
+  auto name = value.get<std::string>();
   if (name.empty() || name == "." || name == ".." ||
       name.find_first_of(std::string_view("/\\\0", 3)) != std::string::npos) {
-    throw Error(ErrorCode::kInvalidArgument,
-                index_path + ": " + nlohmann::json(name).dump() +
-                    " is not the plain name of a file in the same folder");
+    throw Error(
+        ErrorCode::kInvalidArgument,
+        index_path + ": " + value.dump() + " is not the plain name of a file in the same folder");
   }
+  return name;
 }
 
 // tensor -> shard's file name.
@@ -44,11 +49,7 @@ std::map<std::string, std::string> ReadIndex(const std::string& path) {
   }
   std::map<std::string, std::string> result;
   for (const auto& [tensor, file] : weight_map->items()) {
-    if (!file.is_string()) {
-      throw Error(ErrorCode::kDataLoss, path + ": weight_map['" + tensor + "'] is not a string");
-    }
-    CheckShardName(file.get_ref<const std::string&>(), path);
-    result.emplace(tensor, file.get<std::string>());
+    result.emplace(tensor, ShardName(file, path));
   }
   return result;
 }

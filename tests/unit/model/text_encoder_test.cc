@@ -228,7 +228,7 @@ std::vector<std::int32_t> SomeIds(int n, int vocab_size) {
 class TextEncoderTest : public testing::Test {
  protected:
   TextEncoderTest() : config_(TinyConfig()), tensors_(RandomWeights(config_)) {
-    backend_ = MakeBackend(Device{}, {.cpu_threads = 2});
+    backend_ = MakeBackend(Device{}, {.cpu_threads = 1});
   }
 
   Weights Open(const TensorMap& tensors) const {
