@@ -20,14 +20,28 @@ LABELS = {
 }
 
 
-def load_clip(file: Path) -> np.ndarray:
-    """Nine frames spread over the clip, float32 [FRAMES, 3, SIDE, SIDE] in [0, 1], by ffmpeg."""
-    command = ["ffmpeg", "-v", "error", "-i", str(file), "-vf", f"scale={SIDE}:{SIDE}:flags=area", "-f", "rawvideo",
-               "-pix_fmt", "rgb24", "-"]
-    raw = subprocess.run(command, capture_output=True, check=True).stdout
-    frames = np.frombuffer(raw, np.uint8).reshape(-1, SIDE, SIDE, 3)
+def clip_of(frames: np.ndarray) -> np.ndarray:
+    """uint8 [F, H, W, 3], H and W multiples of SIDE or not -> float32 [FRAMES, 3, SIDE, SIDE] in [0, 1]."""
     picks = np.linspace(0, len(frames) - 1, FRAMES).round().astype(int)
-    return frames[picks].transpose(0, 3, 1, 2).astype(np.float32) / 255.0
+    x = frames[picks].astype(np.float32) / 255.0
+    for axis in (1, 2):  # area average
+        edges = np.linspace(0, x.shape[axis], SIDE + 1)
+        sums = np.concatenate([np.zeros_like(x.take([0], axis)), x.cumsum(axis, np.float64)], axis)
+        low = np.minimum(edges.astype(int), x.shape[axis] - 1)
+        part = np.expand_dims(edges - low, tuple(a for a in range(4) if a != axis))
+        at_edges = sums.take(low, axis) * (1 - part) + sums.take(low + 1, axis) * part
+        x = (np.diff(at_edges, axis=axis) / (edges[1] - edges[0])).astype(np.float32)
+    return x.transpose(0, 3, 1, 2)
+
+
+def load_clip(file: Path) -> np.ndarray:
+    """A video file's clip_of, decoded by ffmpeg."""
+    probe = ["ffprobe", "-v", "error", "-select_streams", "v:0", "-show_entries", "stream=width,height", "-of",
+             "csv=p=0", str(file)]
+    width, height = map(int, subprocess.run(probe, capture_output=True, check=True, text=True).stdout.strip().split(","))
+    command = ["ffmpeg", "-v", "error", "-i", str(file), "-f", "rawvideo", "-pix_fmt", "rgb24", "-"]
+    raw = subprocess.run(command, capture_output=True, check=True).stdout
+    return clip_of(np.frombuffer(raw, np.uint8).reshape(-1, height, width, 3))
 
 
 def _convolve(x: np.ndarray, weight: np.ndarray, bias: np.ndarray) -> np.ndarray:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import multiprocessing as mp
 import random
+from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -37,27 +40,25 @@ class Packed:
 
     scenes: list[Scene]
     captions: list[str]
-    ids: Tensor
-    static: Tensor
-    poses: Tensor
+    ids: np.ndarray
+    static: np.ndarray
+    poses: np.ndarray
 
 
 def pack_plan(plan: Plan) -> Packed:
-    torch.set_num_threads(1)
     rng = random.Random(plan.seed)
     tokenizer = Tokenizer(plan.vocabulary)
     scenes = [draw_scene(rng, plan.held_out) for _ in range(plan.count)]
     ids = [[tokenizer.encode(training_caption(s, rng)) for _ in range(CAPTIONS_PER_CLIP)] for s in scenes]
     captions = [caption(s, rng) for s in scenes]
-    static, poses = pack(scenes, plan.frames, rng)
-    return Packed(scenes, captions, torch.tensor(ids), static, poses)
+    return Packed(scenes, captions, np.array(ids), *pack(scenes, plan.frames, rng))
 
 
 class ClipSource:
     """Packs ahead in worker processes.  Use as a context manager."""
 
     def __init__(self, vocabulary: Path, workers: int = 8):
-        self.vocabulary = vocabulary
+        self.vocabulary, self.ahead = vocabulary, 4 * workers
         self.pool = ProcessPoolExecutor(workers, mp.get_context("spawn")) if workers else None
 
     def __enter__(self) -> ClipSource:
@@ -69,14 +70,21 @@ class ClipSource:
 
     def stream(self, seed: int, total: int, frames: int, held_out: bool = False, batch: int = 64) -> Iterator[Packed]:
         """`total` clips in batches; batch i depends on (seed, i) alone."""
-        plans = [Plan(seed * 100_003 + i, min(batch, total - i * batch), frames, held_out, self.vocabulary)
-                 for i in range(-(-total // batch))]
-        yield from (self.pool.map(pack_plan, plans) if self.pool else map(pack_plan, plans))
+        plans = (Plan(seed * 100_003 + i, min(batch, total - i * batch), frames, held_out, self.vocabulary)
+                 for i in range(-(-total // batch)))
+        if self.pool is None:
+            yield from map(pack_plan, plans)
+            return
+        waiting = deque(self.pool.submit(pack_plan, plan) for plan in islice(plans, self.ahead))
+        while waiting:
+            packed = waiting.popleft().result()
+            waiting.extend(self.pool.submit(pack_plan, plan) for plan in islice(plans, 1))
+            yield packed
 
 
 def rendered(packed: Packed, size: int, device: torch.device) -> Tensor:
     """uint8 [n, F, 3, size, size]."""
-    return render(packed.static.to(device), packed.poses.to(device), size, size)
+    return render(torch.from_numpy(packed.static).to(device), torch.from_numpy(packed.poses).to(device), size, size)
 
 
 def to_model(clips: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:

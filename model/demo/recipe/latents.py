@@ -24,10 +24,6 @@ class LatentSet:
         which = torch.randint(self.ids.shape[1], (size,), device=self.ids.device)
         return self.latents[pick], self.ids[pick, which]
 
-    def append(self, other: LatentSet) -> None:
-        self.latents = torch.cat([self.latents, other.latents])
-        self.ids = torch.cat([self.ids, other.ids])
-
 
 @torch.no_grad()
 def encode_clips(vae: WanVae, source: ClipSource, seed: int, count: int, frames: int, size: int,
@@ -40,7 +36,7 @@ def encode_clips(vae: WanVae, source: ClipSource, seed: int, count: int, frames:
         with torch.autocast(device.type, torch.bfloat16):
             mean = encode(clips.contiguous(memory_format=torch.channels_last_3d))[0]
         latents.append(mean.bfloat16())
-        ids.append(packed.ids.to(device))
+        ids.append(torch.from_numpy(packed.ids).to(device))
     return LatentSet(torch.cat(latents), torch.cat(ids))
 
 

@@ -11,8 +11,6 @@ import random
 from dataclasses import dataclass
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from scenes import COLORS, FLOOR_COLORS, SHAPES, SIZES, TEXTURES, Scene
 
@@ -156,8 +154,8 @@ def poses(scene: Scene, jitter: Jitter, frames: int) -> np.ndarray:
     return out
 
 
-def pack(scenes: list[Scene], frames: int, rng: random.Random) -> tuple[Tensor, Tensor]:
+def pack(scenes: list[Scene], frames: int, rng: random.Random) -> tuple[np.ndarray, np.ndarray]:
     """Static parameters [B, STATIC] and poses [B, frames, POSE], float32, with fresh jitter."""
     jitters = [draw_jitter(rng) for _ in scenes]
-    static = torch.tensor([static_parameters(s, j) for s, j in zip(scenes, jitters)])
-    return static, torch.from_numpy(np.stack([poses(s, j, frames) for s, j in zip(scenes, jitters)]))
+    static = np.array([static_parameters(s, j) for s, j in zip(scenes, jitters)], np.float32)
+    return static, np.stack([poses(s, j, frames) for s, j in zip(scenes, jitters)])

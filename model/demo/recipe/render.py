@@ -232,10 +232,10 @@ def _ray_color(s, shape, size, texture, px, py, pz, r0, r1, r2, r3, r4, r5, r6, 
     # The body itself.
     meets, near, far = _near(cx + 0.0 * dx, cy + 0.0 * dx, cz + 0.0 * dx, dx, dy, dz, px, py, pz, reach)
     if tl.max(meets.to(tl.int32)) > 0:
-        ox, oy, oz = _to_body(cx, cy, cz, px, py, pz, r0, r1, r2, r3, r4, r5, r6, r7, r8)
+        ex, ey, ez = _to_body(cx, cy, cz, px, py, pz, r0, r1, r2, r3, r4, r5, r6, r7, r8)
         bx, by, bz = _to_body(dx, dy, dz, 0.0, 0.0, 0.0, r0, r1, r2, r3, r4, r5, r6, r7, r8)
-        tb, hit = _march(shape, size, ox, oy, oz, bx, by, bz, near, far, 36)
-        b0, b1, b2 = _shade_body(shape, size, s, lx, ly, lz, dx, dy, dz, ox + tb * bx, oy + tb * by, oz + tb * bz,
+        tb, hit = _march(shape, size, ex, ey, ez, bx, by, bz, near, far, 36)
+        b0, b1, b2 = _shade_body(shape, size, s, lx, ly, lz, dx, dy, dz, ex + tb * bx, ey + tb * by, ez + tb * bz,
                                  r0, r1, r2, r3, r4, r5, r6, r7, r8)
         hit = hit & meets & (tb < t + 0.01)
         red, green, blue = tl.where(hit, b0, red), tl.where(hit, b1, green), tl.where(hit, b2, blue)

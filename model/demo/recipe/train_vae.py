@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clips import ClipSource, rendered, save_sheet, to_bytes, to_model
-from training import Average, Budget, load, optimizer, save
-from vae import WanVae
+from training import Average, Budget, Muon, adamw, load, save, set_rate
+from vae import WanVae, channels_last
 
 KL_WEIGHT = 3e-4
 VALIDATION_SEED = 900
@@ -40,9 +40,9 @@ class CropPool:
         self.clips[self.next * part:(self.next + 1) * part] = self._fresh()
         self.next = (self.next + 1) % 8
 
-    def crops(self, batch: int) -> Tensor:
+    def crops(self, batch: int, crop: int) -> Tensor:
         """[batch, 3, frames, crop, crop]; every crop starts at its own place and frame."""
-        crop, frames = self.args.crop, self.args.frames
+        frames = self.args.frames
         out = []
         for _ in range(batch):
             clip = self.clips[torch.randint(self.clips.shape[0], ()).item()]
@@ -50,15 +50,6 @@ class CropPool:
             y, x = (torch.randint(self.args.size - crop + 1, ()).item() for _ in range(2))
             out.append(clip[f:f + frames, :, y:y + crop, x:x + crop])
         return to_model(torch.stack(out), torch.float32).contiguous(memory_format=torch.channels_last_3d)
-
-
-def channels_last(vae: WanVae) -> WanVae:
-    for module in vae.modules():
-        if isinstance(module, nn.Conv3d):
-            module.to(memory_format=torch.channels_last_3d)
-        elif isinstance(module, nn.Conv2d):
-            module.to(memory_format=torch.channels_last)
-    return vae
 
 
 def differences(x: Tensor) -> list[Tensor]:
@@ -101,9 +92,11 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--checkpoint", type=Path, required=True)
     parser.add_argument("--minutes", type=float, default=8, help="of this run")
     parser.add_argument("--total-minutes", type=float, default=8, help="of the whole schedule, earlier runs included")
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--crop", type=int, default=128)
-    parser.add_argument("--frames", type=int, default=17)
+    parser.add_argument("--start", type=Path, help="checkpoint whose averaged weights are the first ones")
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--crop", type=int, default=96)
+    parser.add_argument("--whole-every", type=int, default=4, help="each n-th step sees one whole clip")
+    parser.add_argument("--frames", type=int, default=33)
     parser.add_argument("--size", type=int, default=256)
     parser.add_argument("--pool", type=int, default=256, help="clips in device memory")
     parser.add_argument("--rate", type=float, default=2e-3)
@@ -114,38 +107,50 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def optimizers_of(vae: WanVae, rate: float) -> list[torch.optim.Optimizer]:
+    """Muon for the convolutions between the first and the last layers, AdamW for everything else."""
+    inner = [p for n, p in vae.named_parameters() if ("resnets" in n or "down_blocks" in n) and p[0].numel() > 1]
+    others = [p for p in vae.parameters() if all(p is not q for q in inner)]
+    return [adamw(others, rate, 0.01, (0.9, 0.99)), Muon(inner, rate, 0.01)]
+
+
 def train(args: argparse.Namespace, source: ClipSource, device: torch.device) -> None:
-    torch.manual_seed(args.seed)
     torch.backends.cudnn.benchmark = True
+    torch.manual_seed(args.seed)
     vae = channels_last(WanVae().to(device))
     average = Average(vae, 0.999)
-    opt = optimizer(vae, args.rate, 0.01, (0.9, 0.99))
+    if args.start:
+        vae.load_state_dict(torch.load(args.start, map_location=device, weights_only=True)["modules"]["average"])
+        average.module.load_state_dict(vae.state_dict())
+    optimizers = optimizers_of(vae, args.rate)
     modules = {"vae": vae, "average": average.module}
-    facts = load(args.checkpoint, modules, opt, device) if args.checkpoint.exists() else {"step": 0, "seconds": 0.0}
+    facts = load(args.checkpoint, modules, optimizers, device) if args.checkpoint.exists() else {"step": 0, "seconds": 0.0}
     step, average.steps = facts["step"], facts["step"]
-    args.seed += step  # other clips than before
+    args.seed += step  # other clips and crops than before
+    torch.manual_seed(args.seed)
     pool = CropPool(source, args, device)
-    objective = torch.compile(loss) if args.compile else loss
+    objective = torch.compile(loss, dynamic=False) if args.compile else loss
     budget = Budget(args.minutes, args.total_minutes, facts["seconds"])
-    warm = step + 3
+    warm = step + 2 * args.whole_every
     while not budget.over():
-        for group in opt.param_groups:
-            group["lr"] = budget.rate(args.rate)
-        value, error = objective(vae, pool.crops(args.batch))
+        set_rate(optimizers, budget.rate(args.rate))
+        whole = step % args.whole_every == 0
+        value, error = objective(vae, pool.crops(1, args.size) if whole else pool.crops(args.batch, args.crop))
         value.backward()
         nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-        opt.step()
-        opt.zero_grad(set_to_none=True)
+        for opt in optimizers:
+            opt.step()
+            opt.zero_grad(set_to_none=True)
         average.update(vae)
         step += 1
         if step == warm:
             budget.restart()
-        if step % 20 == 0:
+        if step % 50 == 0:
             pool.refresh()
-        if step % 200 == 0:
+        if step % 500 == 1:
             psnr = 10 * torch.log10(4.0 / error)
             print(f"vae step {step} {budget.elapsed():.0f} s loss {value.item():.4f} crop PSNR {psnr:.2f} dB", flush=True)
-    save(args.checkpoint, modules, opt, step=step, seconds=budget.elapsed())
+    save(args.checkpoint, modules, optimizers, step=step, seconds=budget.elapsed())
     psnr = validate(average.module, source, args, device)
     print(f"vae done: step {step}, {budget.elapsed():.0f} s, held-out PSNR {psnr:.2f} dB", flush=True)
 

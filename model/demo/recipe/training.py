@@ -5,10 +5,11 @@ from __future__ import annotations
 import copy
 import math
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 class Budget:
@@ -48,25 +49,75 @@ class Average:
         torch._foreach_lerp_(averaged, [p.detach() for p in current], 1 - decay)
 
 
-def optimizer(module: nn.Module, rate: float, decay: float, betas: tuple[float, float]) -> torch.optim.AdamW:
+class Muon(torch.optim.Optimizer):
+    """Momentum whose update is orthogonalised (Newton-Schulz), for weight matrices and convolutions.
+
+    A convolution counts as the matrix [outputs, inputs * taps].  Matrices of one shape go through the
+    iteration as one batch.  The factor makes an update as large
+    as AdamW's, so both can share a rate.
+    """
+
+    def __init__(self, params: list[nn.Parameter], lr: float, weight_decay: float, momentum: float = 0.95):
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+
+    @staticmethod
+    def orthogonalised(g: Tensor, steps: int = 5) -> Tensor:
+        """[n, rows, columns] -> about U V^T of each matrix."""
+        x = g.bfloat16()
+        if g.shape[1] > g.shape[2]:
+            x = x.mT
+        x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+        for _ in range(steps):
+            square = x @ x.mT
+            x = 3.4445 * x + (-4.7750 * square + 2.0315 * square @ square) @ x
+        return (x.mT if g.shape[1] > g.shape[2] else x).float()
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        for group in self.param_groups:
+            shapes: dict[tuple[int, int], list[nn.Parameter]] = {}
+            for p in group["params"]:
+                if p.grad is not None:
+                    shapes.setdefault((len(p), p[0].numel()), []).append(p)
+            for shape, params in shapes.items():
+                buffers = [self.state[p].setdefault("momentum", torch.zeros_like(p)) for p in params]
+                grads = [p.grad for p in params]
+                torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
+                looked_ahead = torch._foreach_lerp(grads, buffers, group["momentum"])
+                update = self.orthogonalised(torch.stack([g.flatten(1) for g in looked_ahead]))
+                update *= 0.2 * max(shape) ** 0.5
+                torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+                torch._foreach_add_(params, [u.view(p.shape) for u, p in zip(update, params)], alpha=-group["lr"])
+
+
+def adamw(params: Iterable[nn.Parameter], rate: float, decay: float, betas: tuple[float, float]) -> torch.optim.AdamW:
     """AdamW with weight decay on matrices alone."""
-    matrices = [p for p in module.parameters() if p.dim() >= 2 and p.shape[1:].numel() > 1]
-    vectors = [p for p in module.parameters() if not (p.dim() >= 2 and p.shape[1:].numel() > 1)]
+    params = list(params)
+    matrices = [p for p in params if p.dim() >= 2 and p.shape[1:].numel() > 1]
+    vectors = [p for p in params if not (p.dim() >= 2 and p.shape[1:].numel() > 1)]
     groups = [{"params": matrices, "weight_decay": decay}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=rate, betas=betas, fused=next(module.parameters()).is_cuda)
+    return torch.optim.AdamW(groups, lr=rate, betas=betas, fused=params[0].is_cuda)
 
 
-def save(path: Path, modules: dict[str, nn.Module], opt: torch.optim.Optimizer, **facts: object) -> None:
+def set_rate(optimizers: list[torch.optim.Optimizer], rate: float) -> None:
+    for opt in optimizers:
+        for group in opt.param_groups:
+            group["lr"] = rate
+
+
+def save(path: Path, modules: dict[str, nn.Module], optimizers: list[torch.optim.Optimizer], **facts: object) -> None:
     """Writes to a temporary name first, so that a checkpoint is whole or not there."""
-    state = {"modules": {k: m.state_dict() for k, m in modules.items()}, "optimizer": opt.state_dict(), **facts}
+    state = {"modules": {k: m.state_dict() for k, m in modules.items()},
+             "optimizers": [opt.state_dict() for opt in optimizers], **facts}
     torch.save(state, path.with_suffix(".tmp"))
     path.with_suffix(".tmp").rename(path)
 
 
-def load(path: Path, modules: dict[str, nn.Module], opt: torch.optim.Optimizer | None, device: torch.device) -> dict:
+def load(path: Path, modules: dict[str, nn.Module], optimizers: list[torch.optim.Optimizer],
+         device: torch.device) -> dict:
     state = torch.load(path, map_location=device, weights_only=True)
     for name, module in modules.items():
         module.load_state_dict(state["modules"][name])
-    if opt is not None:
-        opt.load_state_dict(state["optimizer"])
+    for opt, stored in zip(optimizers, state["optimizers"]):
+        opt.load_state_dict(stored)
     return state

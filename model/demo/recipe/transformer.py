@@ -14,6 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
+Rope = tuple[Tensor, Tensor]  # cos and sin, each [L, head_dim / 2]
+
+
 @dataclass(frozen=True)
 class TransformerConfig:
     heads: int = 2
@@ -30,7 +33,7 @@ class TransformerConfig:
         return self.heads * self.head_dim
 
 
-def rope_table(grid: tuple[int, int, int], head_dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def rope_table(grid: tuple[int, int, int], head_dim: int, device: torch.device) -> Rope:
     """cos and sin [L, head_dim / 2]: pairs of channels share an axis, t first, then y, then x."""
     spatial = 2 * (head_dim // 6)
     parts = []
@@ -67,7 +70,7 @@ class Attention(nn.Module):
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.heads, -1))
 
-    def forward(self, x: Tensor, context: Tensor, rope: tuple[Tensor, Tensor] | None, bias: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, context: Tensor, rope: Rope | None, bias: Tensor | None) -> Tensor:
         """bias [B, 1, 1, Lk]: log of how many keys each key stands for."""
         q, k, v = self.to_q(x), self.to_k(context), self.to_v(context)
         q, k = self._heads(self.norm_q(q).to(v.dtype)), self._heads(self.norm_k(k).to(v.dtype))
@@ -106,7 +109,7 @@ class Block(nn.Module):
         self.ffn = FeedForward(dim, config.ffn_dim)
         self.scale_shift_table = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
 
-    def forward(self, x: Tensor, text: Tensor, tproj: Tensor, rope: tuple[Tensor, Tensor], bias: Tensor) -> Tensor:
+    def forward(self, x: Tensor, text: Tensor, tproj: Tensor, rope: Rope, bias: Tensor) -> Tensor:
         rows = (self.scale_shift_table + tproj.float())[:, :, None]  # [B, 6, 1, d]
         shift_sa, scale_sa, gate_sa, shift_ff, scale_ff, gate_ff = rows.unbind(1)
         u = modulated_norm(x, shift_sa, scale_sa)
@@ -169,13 +172,17 @@ class WanTransformer(nn.Module):
         bias = torch.cat([torch.where(mask.bool(), 0.0, -1e9), padding], 1)
         return context, bias[:, None, None, :]
 
-    def forward(self, x: Tensor, t: Tensor, text: Tensor, mask: Tensor) -> Tensor:
+    def rope(self, latents: Tensor) -> Rope:
+        """The table for latents [B, 16, F, 2h, 2w]; computed once per size, outside compiled code."""
+        f, h, w = latents.shape[2:]
+        return rope_table((f, h // 2, w // 2), self.config.head_dim, latents.device)
+
+    def forward(self, x: Tensor, t: Tensor, text: Tensor, mask: Tensor, rope: Rope) -> Tensor:
         """x [B, 16, F, 2h, 2w], t [B] = 1000 sigma, text [B, n, text_dim], mask [B, n] -> velocity like x."""
         b, c, f, h, w = x.shape
         grid = (f, h // 2, w // 2)
         temb, tproj = self._time(t)
         context, bias = self._text(text, mask)
-        rope = rope_table(grid, self.config.head_dim, x.device)
         y = self.patch_embedding(x).flatten(2).transpose(1, 2)
         for block in self.blocks:
             y = block(y, context, tproj, rope, bias)

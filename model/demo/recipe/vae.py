@@ -193,3 +193,13 @@ class WanVae(nn.Module):
     def decode(self, z: Tensor) -> Tensor:
         """[B, 3, F, H, W], not clamped."""
         return self.decoder(self.post_quant_conv(z))
+
+
+def channels_last(vae: WanVae) -> WanVae:
+    """Changes the memory layout of the weights, not their values: what NVIDIA's convolutions like best."""
+    for module in vae.modules():
+        if isinstance(module, nn.Conv3d):
+            module.to(memory_format=torch.channels_last_3d)
+        elif isinstance(module, nn.Conv2d):
+            module.to(memory_format=torch.channels_last)
+    return vae
