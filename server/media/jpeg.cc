@@ -18,7 +18,7 @@ ffmpeg::CodecContext OpenMjpeg(int width, int height) {
   if (!context) throw Error(ErrorCode::kResourceExhausted, "out of memory for a preview");
   context->width = width;
   context->height = height;
-  context->pix_fmt = AV_PIX_FMT_YUVJ420P;
+  context->pix_fmt = AV_PIX_FMT_YUV420P;
   context->color_range = AVCOL_RANGE_JPEG;
   context->time_base = {1, 1};
   context->thread_count = 1;
@@ -35,9 +35,9 @@ std::string EncodeJpeg(const Tensor& image) {
   const int width = static_cast<int>(image.dim(1));
   ffmpeg::CodecContext codec = OpenMjpeg(width, height);
   ffmpeg::Scaler scaler(sws_getContext(width, height, AV_PIX_FMT_RGB24, width, height,
-                                       AV_PIX_FMT_YUVJ420P, SWS_BICUBIC | SWS_ACCURATE_RND, nullptr,
+                                       AV_PIX_FMT_YUV420P, SWS_BICUBIC | SWS_ACCURATE_RND, nullptr,
                                        nullptr, nullptr));
-  if (!scaler) throw Error(ErrorCode::kInternal, "swscale cannot turn RGB into yuvj420p");
+  if (!scaler) throw Error(ErrorCode::kInternal, "swscale cannot turn RGB into yuv420p");
   const int* bt601 = sws_getCoefficients(SWS_CS_ITU601);
   constexpr int kOne = 1 << 16;
   ffmpeg::Check(sws_setColorspaceDetails(scaler.get(), bt601, 1, bt601, 1, 0, kOne, kOne),
@@ -46,7 +46,8 @@ std::string EncodeJpeg(const Tensor& image) {
   ffmpeg::Frame frame(av_frame_alloc());
   ffmpeg::Packet packet(av_packet_alloc());
   if (!frame || !packet) throw Error(ErrorCode::kResourceExhausted, "out of memory for a preview");
-  frame->format = AV_PIX_FMT_YUVJ420P;
+  frame->format = AV_PIX_FMT_YUV420P;
+  frame->color_range = AVCOL_RANGE_JPEG;
   frame->width = width;
   frame->height = height;
   frame->quality = codec->global_quality;
