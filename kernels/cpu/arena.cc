@@ -14,6 +14,7 @@ namespace {
 
 constexpr std::size_t kAlignment = 64;
 constexpr std::size_t kHugePage = std::size_t{2} << 20;
+constexpr std::size_t kCacheFloor = std::size_t{256} << 20;
 
 // Sizes are rounded so that similar requests share blocks: an eighth of the size is lost at most.
 std::size_t RoundUp(std::size_t bytes) {
@@ -43,22 +44,19 @@ std::shared_ptr<Arena> Arena::Create() { return std::shared_ptr<Arena>(new Arena
 Arena::~Arena() { ReleaseCache(); }
 
 std::shared_ptr<std::byte> Arena::Allocate(std::size_t bytes) {
-  const std::size_t size = RoundUp(bytes);
+  const std::lock_guard lock(mutex_);
+  std::size_t size = RoundUp(bytes);
   std::byte* block = nullptr;
-  {
-    const std::lock_guard lock(mutex_);
-    const auto found = free_.lower_bound(size);
-    if (found != free_.end() && found->first <= size + size / 4) {
-      block = found->second;
-      cached_ -= found->first;
-      const std::size_t found_size = found->first;
-      free_.erase(found);
-      in_use_ += found_size;
-      peak_ = std::max(peak_, in_use_);
-      return {block, [self = shared_from_this(), found_size](std::byte* p) {
-                self->Return(p, found_size);
-              }};
-    }
+  const auto found = free_.lower_bound(size);
+  if (found != free_.end() && found->first <= size + size / 4) {
+    size = found->first;
+    block = found->second;
+    cached_ -= size;
+    free_.erase(found);
+  } else {
+    // Nothing fits. Shapes have changed, perhaps for good: don't sit on much that may never be
+    // used.
+    if (cached_ > std::max(kCacheFloor, in_use_ / 2)) ReleaseCache();
     block = SystemAllocate(size);
     if (block == nullptr) {
       ReleaseCache();
@@ -69,9 +67,9 @@ std::shared_ptr<std::byte> Arena::Allocate(std::size_t bytes) {
                                                      " bytes wanted, " + std::to_string(in_use_) +
                                                      " in use");
     }
-    in_use_ += size;
-    peak_ = std::max(peak_, in_use_);
   }
+  in_use_ += size;
+  peak_ = std::max(peak_, in_use_);
   return {block, [self = shared_from_this(), size](std::byte* p) { self->Return(p, size); }};
 }
 

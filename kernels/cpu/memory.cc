@@ -63,6 +63,19 @@ void CpuBackend::Copy(const Tensor& from, const Tensor& to) {
     });
     return;
   }
+  if (from.dtype() == DType::kF32 && to.dtype() == DType::kBF16) {
+    parallel_.Ranges(n, 1 << 16, [&](std::int64_t begin, std::int64_t end) {
+      kernels_.bf16.narrow(from.data<float>() + begin, end - begin, to.data<BFloat16>() + begin);
+    });
+    return;
+  }
+  if (from.dtype() == DType::kBF16 && to.dtype() == DType::kF32) {
+    parallel_.Ranges(n, 1 << 16, [&](std::int64_t begin, std::int64_t end) {
+      kernels_.bf16.widen(from.data<BFloat16>() + begin, 1.0f, end - begin,
+                          to.data<float>() + begin);
+    });
+    return;
+  }
   check.That(IsFloat(from.dtype()), "from",
              std::string("is ") + DTypeName(from.dtype()) + ", which is not converted");
   check.Compute(to, "to");

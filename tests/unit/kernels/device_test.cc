@@ -106,7 +106,8 @@ void OpTest::ExpectClose(const Tensor& actual, const reference::Array& exact,
       worst = i;
     }
   }
-  const double allowed = 2.0 * plain_error + floor * Epsilon(actual.dtype()) * largest;
+  const double units = actual.dtype() == DType::kBF16 ? 1.0 : floor;
+  const double allowed = 2.0 * plain_error + units * Epsilon(actual.dtype()) * largest;
   EXPECT_LE(error, allowed) << what << ": element " << worst << " of " << ToString(actual.shape())
                             << " is " << values[worst] << ", exactly " << exact[worst]
                             << "; a plain implementation is off by " << plain_error;

@@ -102,7 +102,7 @@ TEST_P(FramesTest, ChannelNorm) {
       const auto run = [&](auto policy) {
         return reference::ChannelNorm<decltype(policy)>(x, gamma, silu);
       };
-      ExpectClose(out, run(Exact{}), Plain(run), "ChannelNorm " + std::to_string(channels), 4.0);
+      ExpectClose(out, run(Exact{}), Plain(run), "ChannelNorm " + std::to_string(channels));
     }
   }
 }
