@@ -65,8 +65,10 @@ std::vector<std::uint8_t> ToRgb(const AVFrame& frame) {
       frame.width, frame.height, static_cast<AVPixelFormat>(frame.format), frame.width,
       frame.height, AV_PIX_FMT_RGB24, SWS_BICUBIC | SWS_ACCURATE_RND | SWS_FULL_CHR_H_INT, nullptr,
       nullptr, nullptr));
-  const int* matrix = sws_getCoefficients(SWS_CS_ITU709);
-  sws_setColorspaceDetails(scaler.get(), matrix, 0, matrix, 1, 0, 1 << 16, 1 << 16);
+  const int* matrix =
+      sws_getCoefficients(frame.colorspace == AVCOL_SPC_BT709 ? SWS_CS_ITU709 : SWS_CS_ITU601);
+  const int full_range = frame.color_range == AVCOL_RANGE_JPEG ? 1 : 0;
+  sws_setColorspaceDetails(scaler.get(), matrix, full_range, matrix, 1, 0, 1 << 16, 1 << 16);
   std::vector<std::uint8_t> rgb(static_cast<std::size_t>(frame.width) * frame.height * 3);
   std::uint8_t* out = rgb.data();
   const int stride = frame.width * 3;

@@ -17,8 +17,8 @@ struct DecodedVideo {
   std::vector<double> times;                      // seconds
 };
 
-// Decodes as much as there is: a file that is cut off gives the frames before the cut. Throws
-// std::runtime_error when it is no video at all.
+// Decodes as much as there is (a JPEG is a video of one frame): a file that is cut off gives the
+// frames before the cut. Throws std::runtime_error when it is no video at all.
 DecodedVideo DecodeVideo(const std::string& bytes);
 
 // Peak signal-to-noise ratio of two frames in dB.

@@ -263,6 +263,9 @@ TEST(JpegTest, IsAPictureOfTheImage) {
   EXPECT_EQ(jpeg.substr(0, 2), "\xff\xd8");
   EXPECT_EQ(jpeg.substr(jpeg.size() - 2), "\xff\xd9");
   EXPECT_LT(jpeg.size(), frames.NumBytes());
+  const DecodedVideo decoded = DecodeVideo(jpeg);
+  ASSERT_EQ(decoded.frames.size(), 1u);
+  EXPECT_GT(Psnr(decoded.frames[0], FrameBytes(frames, 0)), 36);
 }
 
 }  // namespace
