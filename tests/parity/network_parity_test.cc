@@ -1,7 +1,9 @@
 // Every network against its golden cases, in f32 and, where the reference has such a run, in bf16.
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cmath>
+#include <filesystem>
 #include <memory>
 #include <string>
 #include <vector>
@@ -72,6 +74,19 @@ TEST(MaxRelativeError, NeverPassesNanInfinityOrAnotherShape) {
 // A folder without cases must not pass for one where all is well.
 TEST(Goldens, EveryNetHasCases) {
   for (const std::string& net : kNets) EXPECT_FALSE(GoldenCases({net}).empty()) << net;
+}
+
+// Whoever trains the demo model anew makes its goldens anew (README.md).
+TEST(Goldens, TheShippedModelHasCases) {
+  if (!std::filesystem::exists(SLALOM_SOURCE_DIR "/model/demo/transformer/config.json")) {
+    GTEST_SKIP() << "model/demo holds no model: nothing to compare";
+  }
+  for (const std::string net : {"tokenizer", "text_encoder", "transformer", "vae_decoder"}) {
+    const std::vector<GoldenCase> cases = GoldenCases({net});
+    EXPECT_TRUE(std::ranges::any_of(
+        cases, [](const GoldenCase& golden) { return golden.name.starts_with("demo_"); }))
+        << "no golden of the demo's " << net << ": run make_goldens.py --only demo";
+  }
 }
 
 }  // namespace
