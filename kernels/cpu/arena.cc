@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <fstream>
 #include <string>
 
 #include "kernels/core/error.h"
@@ -23,7 +24,18 @@ std::size_t RoundUp(std::size_t bytes) {
   return std::max((bytes + step - 1) / step * step, kAlignment);
 }
 
-std::byte* SystemAllocate(std::size_t size) {
+// The machine's memory, or what the container may use of it (control groups v2).
+std::size_t UsableMemory() {
+  const auto physical = static_cast<std::size_t>(sysconf(_SC_PHYS_PAGES)) *
+                        static_cast<std::size_t>(sysconf(_SC_PAGESIZE));
+  std::size_t limit = physical;
+  std::ifstream file("/sys/fs/cgroup/memory.max");  // a number, or "max", which is not read
+  if (std::size_t bytes = 0; file >> bytes) limit = bytes;
+  return std::min(physical, limit);
+}
+
+std::byte* SystemAllocate(std::size_t size, std::size_t most) {
+  if (size > most) return nullptr;
   const bool huge = size >= 2 * kHugePage;
   const std::size_t alignment = huge ? kHugePage : kAlignment;
   const std::size_t padded = (size + alignment - 1) / alignment * alignment;
@@ -32,12 +44,9 @@ std::byte* SystemAllocate(std::size_t size) {
   return static_cast<std::byte*>(memory);
 }
 
-std::size_t PhysicalMemory() {
-  return static_cast<std::size_t>(sysconf(_SC_PHYS_PAGES)) *
-         static_cast<std::size_t>(sysconf(_SC_PAGESIZE));
-}
-
 }  // namespace
+
+Arena::Arena() : total_(UsableMemory()) {}
 
 std::shared_ptr<Arena> Arena::Create() { return std::shared_ptr<Arena>(new Arena()); }
 
@@ -57,10 +66,10 @@ std::shared_ptr<std::byte> Arena::Allocate(std::size_t bytes) {
     // Nothing fits. Shapes have changed, perhaps for good: don't sit on much that may never be
     // used.
     if (cached_ > std::max(kCacheFloor, in_use_ / 2)) ReleaseCache();
-    block = SystemAllocate(size);
+    block = SystemAllocate(size, total_);
     if (block == nullptr) {
       ReleaseCache();
-      block = SystemAllocate(size);
+      block = SystemAllocate(size, total_);
     }
     if (block == nullptr) {
       throw Error(ErrorCode::kResourceExhausted, "out of host memory: " + std::to_string(bytes) +
@@ -91,7 +100,7 @@ MemoryStats Arena::Stats() const {
   return {.bytes_in_use = in_use_,
           .bytes_reserved = in_use_ + cached_,
           .bytes_peak = peak_,
-          .bytes_total = PhysicalMemory()};
+          .bytes_total = total_};
 }
 
 void Arena::ResetPeak() {

@@ -27,10 +27,11 @@ class Arena : public std::enable_shared_from_this<Arena> {
   void ResetPeak();
 
  private:
-  Arena() = default;
+  Arena();
   void Return(std::byte* block, std::size_t size);
   void ReleaseCache();  // needs mutex_
 
+  const std::size_t total_;
   mutable std::mutex mutex_;
   std::multimap<std::size_t, std::byte*> free_;
   std::size_t in_use_ = 0;
