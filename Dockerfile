@@ -26,6 +26,8 @@ RUN apt-get update \
     && useradd --system --uid 10001 --create-home --home-dir /var/lib/slalom slalom
 COPY --from=build /src/build/cpu/bin/slalomd /src/build/cpu/bin/slalom /usr/local/bin/
 COPY model/demo /usr/local/share/slalom/models/demo
+# x264 and gRPC share the cores with the decoder: threads that wait should sleep.
+ENV OMP_WAIT_POLICY=passive
 USER slalom
 EXPOSE 8500 9500
 VOLUME /var/lib/slalom
