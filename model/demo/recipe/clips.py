@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing as mp
 import random
+import signal
+import sys
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -54,12 +57,19 @@ def pack_plan(plan: Plan) -> Packed:
     return Packed(scenes, captions, np.array(ids), *pack(scenes, plan.frames, rng))
 
 
+def _end_with_parent() -> None:
+    """A worker waits for work; it must not wait for a parent that was killed (Linux alone can say so)."""
+    if sys.platform == "linux":
+        death_signal = 1  # PR_SET_PDEATHSIG
+        ctypes.CDLL(None).prctl(death_signal, signal.SIGKILL)
+
+
 class ClipSource:
     """Packs ahead in worker processes.  Use as a context manager."""
 
     def __init__(self, vocabulary: Path, workers: int = 8):
         self.vocabulary, self.ahead = vocabulary, 4 * workers
-        self.pool = ProcessPoolExecutor(workers, mp.get_context("spawn")) if workers else None
+        self.pool = ProcessPoolExecutor(workers, mp.get_context("spawn"), _end_with_parent) if workers else None
 
     def __enter__(self) -> ClipSource:
         return self

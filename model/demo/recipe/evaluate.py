@@ -1,8 +1,8 @@
 """Samples clips for captions of held-out scenes and lets the reader of tests/demo judge them.
 
-    python evaluate.py --vocabulary ../tokenizer/spiece.model --vae /tmp/vae.pt --denoiser /tmp/dit.pt --count 256
+    python evaluate.py --vocabulary ../tokenizer/spiece.model --model .. --count 256
 
-Weights are rounded to bf16 first, as they are shipped.
+--model is an exported folder, so the weights are those that are shipped.
 """
 
 from __future__ import annotations
@@ -16,9 +16,11 @@ import torch
 from torch import Tensor
 
 from clips import ClipSource, save_sheet, to_bytes
+from export import load_denoiser
 from sample import Networks, sample
 from tokenizer import Tokenizer
 from train_transformer import Denoiser
+from training import UNFINISHED, Deadline, averaged_weights
 from vae import WanVae, channels_last
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3] / "tests" / "demo"))
@@ -27,14 +29,12 @@ from reader import LABELS, Reader, clip_of  # noqa: E402
 SEED = 902
 
 
-def networks_of(vae_file: Path, denoiser_file: Path, device: torch.device) -> Networks:
+def networks_of(model: Path, device: torch.device) -> Networks:
     vae, denoiser = channels_last(WanVae()), Denoiser()
-    for module, file in ((vae, vae_file), (denoiser, denoiser_file)):
-        module.load_state_dict(torch.load(file, map_location="cpu", weights_only=True)["modules"]["average"])
-        module.eval().requires_grad_(False)
-        for p in module.parameters():
-            p.data = p.data.bfloat16().float()
-        module.to(device)
+    vae.load_state_dict(averaged_weights(model / "vae" / "diffusion_pytorch_model.safetensors"))
+    denoiser.load_state_dict(load_denoiser(model))
+    for module in (vae, denoiser):
+        module.eval().requires_grad_(False).to(device)
     return Networks(vae, denoiser.text, denoiser.transformer, denoiser.mean, denoiser.std)
 
 
@@ -51,11 +51,11 @@ def judge(clips: Tensor, wanted: list[dict[str, str]], captions: list[str], read
             print(f"  \"{caption}\" reads as {misses}")
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--vocabulary", type=Path, required=True)
-    parser.add_argument("--vae", type=Path, required=True)
-    parser.add_argument("--denoiser", type=Path, required=True)
+    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--deadline-seconds", type=float, help="when this process ends, everything included")
     parser.add_argument("--count", type=int, default=128)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--size", type=int, default=256)
@@ -65,8 +65,9 @@ def main() -> None:
     parser.add_argument("--sheet", type=Path)
     parser.add_argument("--prompts", nargs="*", help="draw these instead, on the sheet alone")
     args = parser.parse_args()
+    deadline = Deadline(args.deadline_seconds, reserve=15)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    networks, tokenizer, reader = networks_of(args.vae, args.denoiser, device), Tokenizer(args.vocabulary), Reader()
+    networks, tokenizer, reader = networks_of(args.model, device), Tokenizer(args.vocabulary), Reader()
     shape = ((args.frames - 1) // 4 + 1, args.size // 8, args.size // 8)
 
     def draw(captions: list[str], seed: int) -> Tensor:
@@ -75,18 +76,23 @@ def main() -> None:
 
     if args.prompts:
         save_sheet(list(draw(args.prompts, 0)), args.sheet)
-        return
-    right, rows, begin = dict.fromkeys([*LABELS, "all"], 0), [], time.time()
+        return 0
+    right, rows, judged, begin = dict.fromkeys([*LABELS, "all"], 0), [], 0, time.time()
     for i, packed in enumerate(ClipSource(args.vocabulary, 0).stream(SEED, args.count, args.frames, True, args.batch)):
+        if deadline.over():
+            break
         clips = draw(packed.captions, i)
         judge(clips, [s.attributes() for s in packed.scenes], packed.captions, reader, right)
-        rows += list(clips[:12]) if not rows else []
-    if args.sheet:
-        save_sheet(rows, args.sheet)
-    shares = {name: f"{100 * n / args.count:.1f} %" for name, n in right.items()}
-    print(f"{args.size}x{args.size}x{args.frames}, {args.steps} steps, guidance {args.guidance}: {args.count} clips of "
+        judged += len(clips)
+        if args.sheet and not rows:
+            rows = list(clips[:12])
+            save_sheet(rows, args.sheet)
+            print(f"{args.sheet.name}, row by row:", *packed.captions[:12], sep="\n  ", flush=True)
+    shares = "  ".join(f"{name} {100 * n / max(judged, 1):.1f} %" for name, n in right.items())
+    print(f"{args.size}x{args.size}x{args.frames}, {args.steps} steps, guidance {args.guidance:g}: {judged} clips of "
           f"held-out captions in {time.time() - begin:.0f} s, right: {shares}")
+    return 0 if judged >= args.count else UNFINISHED
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

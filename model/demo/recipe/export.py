@@ -1,6 +1,6 @@
 """Writes the trained networks as a model folder in the diffusers layout.
 
-    python export.py --vae /tmp/vae.pt --denoiser /tmp/dit.pt --out ..
+    python export.py --vae vae.pt --denoiser denoiser.pt --out ..
 """
 
 from __future__ import annotations
@@ -10,11 +10,12 @@ import json
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from text_encoder import TextConfig
 from tokenizer import VOCAB_SIZE
+from training import averaged_weights
 from transformer import TransformerConfig
 from vae import VaeConfig
 
@@ -30,9 +31,24 @@ def bf16(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: value.detach().cpu().to(torch.bfloat16).contiguous() for name, value in state.items()}
 
 
-def save_sharded(state: dict[str, Tensor], folder: Path, stem: str) -> None:
-    """SHARDS files of about equal size and the index that names them."""
+def save_weights(state: dict[str, Tensor], folder: Path, stem: str = "diffusion_pytorch_model") -> None:
+    """One file, in bf16."""
     folder.mkdir(parents=True, exist_ok=True)
+    _save(bf16(state), folder / f"{stem}.safetensors")
+
+
+def _save(state: dict[str, Tensor], file: Path) -> None:
+    """The file is whole or not there."""
+    part = file.with_suffix(".tmp")
+    save_file(state, part, metadata={"format": "pt"})
+    part.chmod(0o644)
+    part.replace(file)
+
+
+def save_sharded(state: dict[str, Tensor], folder: Path, stem: str) -> None:
+    """SHARDS files of about equal size, in bf16, and the index that names them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    state = bf16(state)
     sizes = {name: value.numel() * value.element_size() for name, value in state.items()}
     total, taken = sum(sizes.values()), 0
     shards: list[dict[str, Tensor]] = [{} for _ in range(SHARDS)]
@@ -41,7 +57,7 @@ def save_sharded(state: dict[str, Tensor], folder: Path, stem: str) -> None:
         taken += sizes[name]
     names = [f"{stem}-{i + 1:05d}-of-{SHARDS:05d}.safetensors" for i in range(SHARDS)]
     for file, shard in zip(names, shards):
-        save_file(shard, folder / file, metadata={"format": "pt"})
+        _save(shard, folder / file)
     where = {name: file for file, shard in zip(names, shards) for name in shard}
     write_json(folder / f"{stem}.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": where})
 
@@ -83,25 +99,30 @@ DEFAULTS = {"name": "demo",
                        "max_steps": 100, "max_prompt_bytes": 2048}}
 
 
-def export(vae_checkpoint: Path, denoiser_checkpoint: Path, out: Path) -> None:
-    vae = torch.load(vae_checkpoint, map_location="cpu", weights_only=True)["modules"]["average"]
-    state = torch.load(denoiser_checkpoint, map_location="cpu", weights_only=True)["modules"]["average"]
-    text = {k.removeprefix("text."): v for k, v in state.items() if k.startswith("text.")}
-    transformer = {k.removeprefix("transformer."): v for k, v in state.items() if k.startswith("transformer.")}
+def save_denoiser(state: dict[str, Tensor], out: Path) -> None:
+    """Transformer, text encoder and all configurations: a model folder but for the VAE's weights."""
     config = TextConfig()
     assert config.vocab_size == VOCAB_SIZE
-
-    save_sharded(bf16(transformer), out / "transformer", "diffusion_pytorch_model")
+    parts = {name: {k.removeprefix(name + "."): v for k, v in state.items() if k.startswith(name + ".")}
+             for name in ("text", "transformer")}
+    save_sharded(parts["transformer"], out / "transformer", "diffusion_pytorch_model")
     write_json(out / "transformer" / "config.json", transformer_config(TransformerConfig()))
-    (out / "vae").mkdir(parents=True, exist_ok=True)
-    save_file(bf16(vae), out / "vae" / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
     write_json(out / "vae" / "config.json", vae_config(VaeConfig(), state["mean"], state["std"]))
-    (out / "text_encoder").mkdir(parents=True, exist_ok=True)
-    save_file(bf16(text), out / "text_encoder" / "model.safetensors", metadata={"format": "pt"})
+    save_weights(parts["text"], out / "text_encoder", "model")
     write_json(out / "text_encoder" / "config.json", text_config(config))
     write_json(out / "scheduler" / "scheduler_config.json", SCHEDULER)
     write_json(out / "model_index.json", INDEX)
     write_json(out / "slalom.json", DEFAULTS)
+
+
+def load_denoiser(folder: Path) -> dict[str, Tensor]:
+    """What save_denoiser wrote, as a Denoiser's state in float32."""
+    state: dict[str, Tensor] = {}
+    for name, prefix in (("transformer", "transformer."), ("text_encoder", "text.")):
+        for file in sorted((folder / name).glob("*.safetensors")):
+            state |= {prefix + k: v.float() for k, v in load_file(file).items()}
+    config = json.loads((folder / "vae" / "config.json").read_text())
+    return state | {"mean": torch.tensor(config["latents_mean"]), "std": torch.tensor(config["latents_std"])}
 
 
 if __name__ == "__main__":
@@ -110,4 +131,5 @@ if __name__ == "__main__":
     parser.add_argument("--denoiser", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
-    export(arguments.vae, arguments.denoiser, arguments.out)
+    save_weights(averaged_weights(arguments.vae), arguments.out / "vae")
+    save_denoiser(averaged_weights(arguments.denoiser), arguments.out)

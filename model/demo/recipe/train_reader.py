@@ -18,7 +18,7 @@ from clips import ClipSource, Packed, rendered
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3] / "tests" / "demo"))
 from reader import FRAMES, LABELS, SIDE  # noqa: E402
-from training import Budget  # noqa: E402
+from training import Deadline, Schedule  # noqa: E402
 
 WIDTHS = (3 * FRAMES, 48, 64, 80, 80)
 RENDER_SIDE = 2 * SIDE
@@ -76,7 +76,14 @@ def accuracy(net: ReaderNet, source: ClipSource, device: torch.device, count: in
     return {name: n / count for name, n in right.items()}
 
 
+def rounded(weights: np.ndarray) -> np.ndarray:
+    """float16 with 8 significant bits: what is left out would only make the file larger."""
+    bits = weights.astype(np.float16).view(np.uint16).astype(np.uint32)
+    return ((bits + 4) & ~np.uint32(7)).astype(np.uint16).view(np.float16)
+
+
 def train(args: argparse.Namespace, source: ClipSource, device: torch.device) -> None:
+    deadline = Deadline(args.deadline_seconds, reserve=8)
     torch.manual_seed(3)
     net = ReaderNet().to(device)
     opt = torch.optim.AdamW(net.parameters(), lr=1e-3, weight_decay=0.02)
@@ -84,8 +91,9 @@ def train(args: argparse.Namespace, source: ClipSource, device: torch.device) ->
     seen = [(p := next(batches), frames_of(rendered(p, RENDER_SIDE, device))) for _ in range(args.first)]
     data, labels = torch.cat([x for _, x in seen]), [labels_of(p, device) for p, _ in seen]
     merged = {name: torch.cat([part[name] for part in labels]) for name in LABELS}
-    budget, step = Budget(args.minutes, args.minutes), 0
-    while not budget.over():
+    schedule, step = Schedule(60 * args.minutes), 0
+    schedule.begin()
+    while not schedule.over() and not deadline.over():
         if step % 8 == 7 and (packed := next(batches, None)) is not None:
             data = torch.cat([data, frames_of(rendered(packed, RENDER_SIDE, device))])
             merged = {name: torch.cat([merged[name], new]) for name, new in labels_of(packed, device).items()}
@@ -93,7 +101,7 @@ def train(args: argparse.Namespace, source: ClipSource, device: torch.device) ->
         logits = net(disturbed(data[pick]))
         value = sum(F.cross_entropy(logits[name], merged[name][pick]) for name in LABELS)
         for group in opt.param_groups:
-            group["lr"] = budget.rate(2e-3, warmup_seconds=2)
+            group["lr"] = schedule.rate(2e-3, warmup_seconds=2)
         opt.zero_grad()
         value.backward()
         opt.step()
@@ -101,7 +109,7 @@ def train(args: argparse.Namespace, source: ClipSource, device: torch.device) ->
         if step % 500 == 0:
             print(f"reader step {step} clips {len(data)} loss {value.item():.4f}", flush=True)
     print(f"reader done: step {step}, held-out renders right: {accuracy(net, source, device)}", flush=True)
-    np.savez_compressed(args.out, **{k: v.detach().cpu().half().numpy() for k, v in net.state_dict().items()})
+    np.savez_compressed(args.out, **{k: rounded(v.detach().cpu().numpy()) for k, v in net.state_dict().items()})
 
 
 if __name__ == "__main__":
@@ -109,6 +117,7 @@ if __name__ == "__main__":
     parser.add_argument("--vocabulary", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--minutes", type=float, default=1)
+    parser.add_argument("--deadline-seconds", type=float, help="when this process ends, everything included")
     parser.add_argument("--clips", type=int, default=100_000, help="at most, 64 new ones every 8 steps")
     parser.add_argument("--first", type=int, default=32, help="batches of 64 before the first step")
     parser.add_argument("--batch", type=int, default=256)

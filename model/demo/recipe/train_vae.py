@@ -1,15 +1,17 @@
 """Trains the VAE on random crops of freshly rendered clips.
 
-    python train_vae.py --vocabulary ../tokenizer/spiece.model --checkpoint /tmp/vae.pt --minutes 8 --total-minutes 8
+    python train_vae.py --vocabulary ../tokenizer/spiece.model --checkpoint vae.pt --total-minutes 8
 
 L1 at three scales and L1 of differences along x, y and t keep edges and motion sharp without any
-pretrained network; the KL term only keeps latents near unit size.  Stops by the clock and goes on
-from the checkpoint.
+pretrained network; the KL term only keeps latents near unit size.  What moves is small and hard: it
+weighs more, and half of the crops are drawn where things move.  Ends by --deadline-seconds, wherever
+it is then (exit status 3), and goes on from the checkpoint.
 """
 
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 import torch
@@ -17,11 +19,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clips import ClipSource, rendered, save_sheet, to_bytes, to_model
-from training import Average, Budget, Muon, adamw, load, save, set_rate
+from export import save_weights
+from forms import choose_forms
+from training import UNFINISHED, Average, Checkpoint, Deadline, Muon, Schedule, adamw, averaged_weights, set_rate
 from vae import WanVae, channels_last
 
 KL_WEIGHT = 3e-4
+MOVING_WEIGHT = 3.0  # of moving pixels, on top of everything's 1
 VALIDATION_SEED = 900
+PLACES = 8  # pixels between the places where a crop may be put for its motion
 
 
 class CropPool:
@@ -30,30 +36,57 @@ class CropPool:
     def __init__(self, source: ClipSource, args: argparse.Namespace, device: torch.device):
         self.args, self.device, self.next = args, device, 0
         self.batches = source.stream(args.seed, 10**6, 33, batch=args.pool // 8)
-        self.clips = torch.cat([self._fresh() for _ in range(8)])
+        clips, motion = zip(*(self._fresh() for _ in range(8)))
+        self.clips, self.motion = torch.cat(clips), torch.cat(motion)
 
-    def _fresh(self) -> Tensor:
-        return rendered(next(self.batches), self.args.size, self.device)
+    def _fresh(self) -> tuple[Tensor, Tensor]:
+        clips = rendered(next(self.batches), self.args.size, self.device)
+        return clips, crop_motion(clips, self.args.crop).cpu()
 
     def refresh(self) -> None:
         part = self.clips.shape[0] // 8
-        self.clips[self.next * part:(self.next + 1) * part] = self._fresh()
+        here = slice(self.next * part, (self.next + 1) * part)
+        self.clips[here], self.motion[here] = self._fresh()
         self.next = (self.next + 1) % 8
 
+    def _place(self, clip: int, crop: int) -> tuple[int, int]:
+        """Top and left of a crop: anywhere, or more often where more moves."""
+        if crop != self.args.crop or torch.rand(()) < 0.5:
+            y, x = torch.randint(self.args.size - crop + 1, (2,)).tolist()
+            return y, x
+        motion = self.motion[clip]
+        place = torch.multinomial(motion.flatten(), 1).item()
+        return place // motion.shape[1] * PLACES, place % motion.shape[1] * PLACES
+
     def crops(self, batch: int, crop: int) -> Tensor:
-        """[batch, 3, frames, crop, crop]; every crop starts at its own place and frame."""
+        """[batch, 3, frames, crop, crop]; every crop has its own place and first frame."""
         frames = self.args.frames
         out = []
         for _ in range(batch):
-            clip = self.clips[torch.randint(self.clips.shape[0], ()).item()]
-            f = torch.randint(clip.shape[0] - frames + 1, ()).item()
-            y, x = (torch.randint(self.args.size - crop + 1, ()).item() for _ in range(2))
-            out.append(clip[f:f + frames, :, y:y + crop, x:x + crop])
+            number = torch.randint(self.clips.shape[0], ()).item()
+            f = torch.randint(self.clips.shape[1] - frames + 1, ()).item()
+            y, x = self._place(number, crop)
+            out.append(self.clips[number, f:f + frames, :, y:y + crop, x:x + crop])
         return to_model(torch.stack(out), torch.float32).contiguous(memory_format=torch.channels_last_3d)
+
+
+def crop_motion(clips: Tensor, crop: int) -> Tensor:
+    """uint8 [n, F, 3, H, W] -> how much moves in crops at (i, j) * PLACES, [n, rows, columns], never zero."""
+    energy = torch.zeros(clips.shape[0], *clips.shape[3:], device=clips.device)
+    for before, after in zip(clips[:, :-1].unbind(1), clips[:, 1:].unbind(1)):
+        energy += (after.float() - before.float()).abs().mean(1)
+    return F.avg_pool2d(energy[:, None], crop, PLACES)[:, 0] + 1e-3
 
 
 def differences(x: Tensor) -> list[Tensor]:
     return [x.diff(dim=d) for d in (2, 3, 4)]
+
+
+def emphasis(clip: Tensor) -> Tensor:
+    """[B, 1, F, H, W]: 1, and 1 + MOVING_WEIGHT near what differs from the frame before or after."""
+    change = clip.diff(dim=2).abs().amax(1, keepdim=True)
+    change = torch.maximum(F.pad(change, (0, 0, 0, 0, 1, 0)), F.pad(change, (0, 0, 0, 0, 0, 1)))
+    return 1 + MOVING_WEIGHT * (F.max_pool3d(change, (1, 5, 5), 1, (0, 2, 2)) > 0.1).float()
 
 
 def loss(vae: nn.Module, clip: Tensor) -> tuple[Tensor, Tensor]:
@@ -62,37 +95,46 @@ def loss(vae: nn.Module, clip: Tensor) -> tuple[Tensor, Tensor]:
         mean, log_variance = vae.encode(clip)
         mean, log_variance = mean.float(), log_variance.float().clamp(-20, 10)
         out = vae.decode(mean + torch.randn_like(mean) * (0.5 * log_variance).exp())
-    out = out.float()
-    total = F.l1_loss(out, clip)
-    total = total + 0.5 * sum(F.l1_loss(a, b) for a, b in zip(differences(out), differences(clip)))
+    error = out.float() - clip
+    weight = emphasis(clip)
+    total = (weight * error.abs()).mean()
+    for d, difference in zip((2, 3, 4), differences(error)):
+        total = total + 0.5 * (weight.narrow(d, 1, weight.shape[d] - 1) * difference.abs()).mean()
     for scale in (2, 4):
-        total = total + 0.5 * F.l1_loss(F.avg_pool3d(out, (1, scale, scale)), F.avg_pool3d(clip, (1, scale, scale)))
+        window = (1, scale, scale)
+        total = total + 0.5 * (F.avg_pool3d(weight, window) * F.avg_pool3d(error, window).abs()).mean()
     kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
-    return total + KL_WEIGHT * kl, F.mse_loss(out.detach(), clip)
+    return total + KL_WEIGHT * kl, error.detach().square().mean()
 
 
 @torch.no_grad()
-def validate(vae: WanVae, source: ClipSource, args: argparse.Namespace, device: torch.device) -> float:
-    """PSNR in dB over whole clips of held-out scenes; writes a sheet of pairs when asked."""
-    squares, rows = [], []
+def validate(vae: WanVae, source: ClipSource, args: argparse.Namespace, device: torch.device) -> tuple[float, float]:
+    """PSNR in dB over whole clips of held-out scenes, and near what moves; writes a sheet of pairs when asked."""
+    squares, moving, rows = [], [], []
     for packed in source.stream(VALIDATION_SEED, 16, 33, held_out=True, batch=4):
         clips = rendered(packed, args.size, device)
+        x = to_model(clips, torch.float32)
         with torch.autocast(device.type, torch.bfloat16):
-            out = to_bytes(vae.decode(vae.encode(to_model(clips, torch.float32))[0]))
-        squares.append((out.float() - clips.float()).square().mean())
+            out = to_bytes(vae.decode(vae.encode(x.contiguous(memory_format=torch.channels_last_3d))[0]))
+        square = (out.float() - clips.float()).square().mean(2)
+        near = emphasis(x)[:, 0] > 1
+        squares.append(square.mean())
+        moving.append((square * near).sum() / near.sum().clamp(min=1))
         rows += [clips[0], out[0]]
     if args.sheet:
         save_sheet(rows, args.sheet)
-    return (10 * torch.log10(255.0**2 / torch.stack(squares).mean())).item()
+    both = [10 * torch.log10(255.0**2 / torch.stack(values).mean()).item() for values in (squares, moving)]
+    return both[0], both[1]
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--vocabulary", type=Path, required=True)
     parser.add_argument("--checkpoint", type=Path, required=True)
-    parser.add_argument("--minutes", type=float, default=8, help="of this run")
-    parser.add_argument("--total-minutes", type=float, default=8, help="of the whole schedule, earlier runs included")
-    parser.add_argument("--start", type=Path, help="checkpoint whose averaged weights are the first ones")
+    parser.add_argument("--total-minutes", type=float, default=8, help="of training, over all runs")
+    parser.add_argument("--deadline-seconds", type=float, help="when this process ends, everything included")
+    parser.add_argument("--start", type=Path, help="first weights: a checkpoint's averaged ones, or .safetensors")
+    parser.add_argument("--ship", type=Path, help="model folder that gets averaged bf16 weights with each save")
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--crop", type=int, default=96)
     parser.add_argument("--whole-every", type=int, default=4, help="each n-th step sees one whole clip")
@@ -114,26 +156,29 @@ def optimizers_of(vae: WanVae, rate: float) -> list[torch.optim.Optimizer]:
     return [adamw(others, rate, 0.01, (0.9, 0.99)), Muon(inner, rate, 0.01)]
 
 
-def train(args: argparse.Namespace, source: ClipSource, device: torch.device) -> None:
+def train(args: argparse.Namespace, source: ClipSource, device: torch.device) -> int:
+    deadline = Deadline(args.deadline_seconds, reserve=25)
     torch.backends.cudnn.benchmark = True
     torch.manual_seed(args.seed)
     vae = channels_last(WanVae().to(device))
-    average = Average(vae, 0.999)
     if args.start:
-        vae.load_state_dict(torch.load(args.start, map_location=device, weights_only=True)["modules"]["average"])
-        average.module.load_state_dict(vae.state_dict())
+        vae.load_state_dict(averaged_weights(args.start))
+    average = Average(vae, 0.998)
     optimizers = optimizers_of(vae, args.rate)
-    modules = {"vae": vae, "average": average.module}
-    facts = load(args.checkpoint, modules, optimizers, device) if args.checkpoint.exists() else {"step": 0, "seconds": 0.0}
-    step, average.steps = facts["step"], facts["step"]
+    ship = (lambda: save_weights(average.module.state_dict(), args.ship / "vae")) if args.ship else None
+    checkpoint = Checkpoint(args.checkpoint, {"vae": vae, "average": average.module}, optimizers, ship)
+    checkpoint.load(device)
+    step = average.steps = checkpoint.step
     args.seed += step  # other clips and crops than before
     torch.manual_seed(args.seed)
     pool = CropPool(source, args, device)
+    schedule = Schedule(60 * args.total_minutes, checkpoint.seconds)
+    if device.type == "cuda" and not schedule.over():
+        print(f"vae: {choose_forms(vae, pool.crops(args.batch, args.crop))}", flush=True)
     objective = torch.compile(loss, dynamic=False) if args.compile else loss
-    budget = Budget(args.minutes, args.total_minutes, facts["seconds"])
     warm = step + 2 * args.whole_every
-    while not budget.over():
-        set_rate(optimizers, budget.rate(args.rate))
+    while not schedule.over() and not deadline.over():
+        set_rate(optimizers, schedule.rate(args.rate))
         whole = step % args.whole_every == 0
         value, error = objective(vae, pool.crops(1, args.size) if whole else pool.crops(args.batch, args.crop))
         value.backward()
@@ -144,18 +189,27 @@ def train(args: argparse.Namespace, source: ClipSource, device: torch.device) ->
         average.update(vae)
         step += 1
         if step == warm:
-            budget.restart()
+            torch.cuda.synchronize() if device.type == "cuda" else None
+            schedule.begin()
         if step % 50 == 0:
             pool.refresh()
         if step % 500 == 1:
-            psnr = 10 * torch.log10(4.0 / error)
-            print(f"vae step {step} {budget.elapsed():.0f} s loss {value.item():.4f} crop PSNR {psnr:.2f} dB", flush=True)
-    save(args.checkpoint, modules, optimizers, step=step, seconds=budget.elapsed())
-    psnr = validate(average.module, source, args, device)
-    print(f"vae done: step {step}, {budget.elapsed():.0f} s, held-out PSNR {psnr:.2f} dB", flush=True)
+            psnr = 10 * torch.log10(4.0 / error).item()
+            seconds = schedule.elapsed()
+            print(f"vae step {step} {seconds:.0f} s loss {value.item():.4f} crop PSNR {psnr:.2f} dB", flush=True)
+        checkpoint.save_if_due(step, schedule.elapsed())
+    finished = schedule.over()
+    checkpoint.save(step, schedule.elapsed())
+    if deadline.asked_to_stop:
+        return UNFINISHED
+    psnr, moving = validate(average.module, source, args, device)
+    print(f"vae: {step} steps in {schedule.elapsed():.0f} s, held-out PSNR {psnr:.2f} dB, of what moves {moving:.2f} dB",
+          flush=True)
+    return 0 if finished else UNFINISHED
 
 
 if __name__ == "__main__":
     arguments = parse()
     with ClipSource(arguments.vocabulary, arguments.workers) as clip_source:
-        train(arguments, clip_source, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        status = train(arguments, clip_source, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    sys.exit(status)

@@ -1,32 +1,75 @@
-"""What both trainings share: a wall-clock budget, a schedule over it, averaged weights, checkpoints."""
+"""What the trainings share: deadlines, a schedule over several runs, averaged weights, Muon, checkpoints."""
 
 from __future__ import annotations
 
 import copy
 import math
+import os
+import signal
+import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+UNFINISHED = 3  # exit status of a run that ended before its work was done, to go on in the next one
+SAVE_EVERY = 60.0  # seconds
 
-class Budget:
-    """Seconds of training out of `total` for the whole schedule, `spent` of them in earlier runs."""
 
-    def __init__(self, minutes: float, total_minutes: float, spent: float = 0.0):
-        self.start, self.limit, self.total, self.spent = time.time(), minutes * 60, total_minutes * 60, spent
+def process_age() -> float:
+    """Seconds since this process started, imports included; a minute at most, should the system tell nonsense."""
+    try:
+        ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+        uptime = float(Path("/proc/uptime").read_text().split()[0])
+        return min(max(0.0, uptime - ticks / os.sysconf("SC_CLK_TCK")), 60.0)
+    except (OSError, ValueError, IndexError):
+        return 0.0
 
-    def restart(self) -> None:
-        """The clock starts now: compilation and the like are not training."""
-        self.start = time.time()
 
-    def elapsed(self) -> float:
-        return self.spent + time.time() - self.start
+class Deadline:
+    """When this process has to end, counted from its start; SIGTERM brings it forward to now.
+
+    `over` says that `reserve` seconds are left, for saving and the like.  A process that is stuck
+    (in a compiler, say) when no time is left at all ends at once, with its last checkpoint.
+    """
+
+    def __init__(self, seconds: float | None, reserve: float = 0.0):
+        self.end = math.inf if seconds is None else time.time() - process_age() + seconds
+        self.reserve, self.asked_to_stop = reserve, False
+        signal.signal(signal.SIGTERM, self._stop)
+        if seconds is not None:
+            guard = threading.Timer(max(self.end - time.time(), 0.0), os._exit, (UNFINISHED,))
+            guard.daemon = True
+            guard.start()
+
+    def _stop(self, *unused: object) -> None:
+        self.asked_to_stop = True
+
+    def left(self) -> float:
+        return 0.0 if self.asked_to_stop else self.end - time.time()
 
     def over(self) -> bool:
-        return time.time() - self.start > self.limit or self.elapsed() > self.total
+        return self.left() <= self.reserve
+
+
+class Schedule:
+    """Seconds of training out of `total`, `spent` of them in earlier runs.  The clock stands until `begin`."""
+
+    def __init__(self, total: float, spent: float = 0.0):
+        self.started: float | None = None
+        self.total, self.spent = total, spent
+
+    def begin(self) -> None:
+        """After compilation and the like, which are not training."""
+        self.started = time.time()
+
+    def elapsed(self) -> float:
+        return self.spent + (time.time() - self.started if self.started else 0.0)
+
+    def over(self) -> bool:
+        return self.elapsed() >= self.total
 
     def rate(self, peak: float, warmup_seconds: float = 8.0, floor: float = 0.02) -> float:
         """Learning rate: linear warm-up, then a cosine over the whole schedule."""
@@ -53,8 +96,7 @@ class Muon(torch.optim.Optimizer):
     """Momentum whose update is orthogonalised (Newton-Schulz), for weight matrices and convolutions.
 
     A convolution counts as the matrix [outputs, inputs * taps].  Matrices of one shape go through the
-    iteration as one batch.  The factor makes an update as large
-    as AdamW's, so both can share a rate.
+    iteration as one batch.  The factor makes an update as large as AdamW's, so both can share a rate.
     """
 
     def __init__(self, params: list[nn.Parameter], lr: float, weight_decay: float, momentum: float = 0.95):
@@ -105,19 +147,48 @@ def set_rate(optimizers: list[torch.optim.Optimizer], rate: float) -> None:
             group["lr"] = rate
 
 
-def save(path: Path, modules: dict[str, nn.Module], optimizers: list[torch.optim.Optimizer], **facts: object) -> None:
-    """Writes to a temporary name first, so that a checkpoint is whole or not there."""
-    state = {"modules": {k: m.state_dict() for k, m in modules.items()},
-             "optimizers": [opt.state_dict() for opt in optimizers], **facts}
-    torch.save(state, path.with_suffix(".tmp"))
-    path.with_suffix(".tmp").rename(path)
+class Checkpoint:
+    """A file with modules, optimizers, steps and seconds; whole or not there, written every SAVE_EVERY seconds.
+
+    After each writing `ship`, if any, gets to write weights that can be used as they are.
+    """
+
+    def __init__(self, path: Path, modules: dict[str, nn.Module], optimizers: list[torch.optim.Optimizer],
+                 ship: Callable[[], None] | None = None):
+        self.path, self.modules, self.optimizers, self.ship = path, modules, optimizers, ship
+        self.step, self.seconds, self.saved = 0, 0.0, time.time()
+
+    def load(self, device: torch.device) -> bool:
+        """False when there is no file yet."""
+        if not self.path.exists():
+            return False
+        state = torch.load(self.path, map_location=device, weights_only=True)
+        for name, module in self.modules.items():
+            module.load_state_dict(state["modules"][name])
+        for opt, stored in zip(self.optimizers, state["optimizers"]):
+            opt.load_state_dict(stored)
+        self.step, self.seconds = state["step"], state["seconds"]
+        return True
+
+    def save(self, step: int, seconds: float) -> None:
+        state = {"modules": {k: m.state_dict() for k, m in self.modules.items()},
+                 "optimizers": [opt.state_dict() for opt in self.optimizers], "step": step, "seconds": seconds}
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        part = self.path.with_suffix(".tmp")
+        torch.save(state, part)
+        part.replace(self.path)
+        if self.ship:
+            self.ship()
+        self.saved = time.time()
+
+    def save_if_due(self, step: int, seconds: float) -> None:
+        if time.time() - self.saved >= SAVE_EVERY:
+            self.save(step, seconds)
 
 
-def load(path: Path, modules: dict[str, nn.Module], optimizers: list[torch.optim.Optimizer],
-         device: torch.device) -> dict:
-    state = torch.load(path, map_location=device, weights_only=True)
-    for name, module in modules.items():
-        module.load_state_dict(state["modules"][name])
-    for opt, stored in zip(optimizers, state["optimizers"]):
-        opt.load_state_dict(stored)
-    return state
+def averaged_weights(path: Path) -> dict[str, Tensor]:
+    """Weights from a checkpoint's averaged module, or from a .safetensors file."""
+    if path.suffix == ".safetensors":
+        from safetensors.torch import load_file
+        return {name: value.float() for name, value in load_file(path).items()}
+    return torch.load(path, map_location="cpu", weights_only=True)["modules"]["average"]
