@@ -18,16 +18,20 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "model" / "demo" / 
 from scenes import caption, draw_scene  # noqa: E402
 
 
+def clips_to_make(count: int, seed: int, held_out: bool) -> list[dict[str, str]]:
+    """File name, caption and what the clip must show, for each clip."""
+    rng = random.Random(seed)
+    scenes = [draw_scene(rng, held_out) for _ in range(count)]
+    return [{"file": f"{i:04d}.mp4", "caption": caption(s, rng), **s.attributes()} for i, s in enumerate(scenes)]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--held-out", action="store_true")
     parser.add_argument("--count", type=int, default=100)
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
-    rng = random.Random(args.seed)
-    scenes = [draw_scene(rng, args.held_out) for _ in range(args.count)]
-    clips = [{"file": f"{i:04d}.mp4", "caption": caption(s, rng), **s.attributes()} for i, s in enumerate(scenes)]
-    print(json.dumps(clips, indent=1))
+    print(json.dumps(clips_to_make(args.count, args.seed, args.held_out), indent=1))
 
 
 if __name__ == "__main__":

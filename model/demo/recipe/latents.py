@@ -84,7 +84,7 @@ def main() -> int:
     parser.add_argument("--clips", type=int, default=16_384, help="at most")
     parser.add_argument("--seconds", type=float, default=90, help="compilation included")
     parser.add_argument("--deadline-seconds", type=float, help="when this process ends, everything included")
-    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--batch", type=int, default=16, help="clips at a time; less than 2^31 values in 48 channels")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--workers", type=int, default=10)
     parser.add_argument("--compile", action="store_true")

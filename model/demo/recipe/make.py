@@ -35,21 +35,32 @@ PROMPTS = ["a red ball rolls from left to right over a green floor", "a blue cub
 
 
 @dataclass(frozen=True)
+class ClipSet:
+    """Clips of one size: `clips` of them, encoded `chunk` at a time, unless `seconds` are over; and their training."""
+
+    size: int
+    frames: int
+    clips: int
+    chunk: int
+    seconds: int
+    batch: int
+    turns: int
+
+
+@dataclass(frozen=True)
 class Sizes:
     """Everything that --tiny changes."""
 
     vae: tuple[str, ...] = ("--compile",)
-    sets: tuple[tuple[int, int, int, int, int, int], ...] = (  # size, frames, clips, batch, turns, seconds to encode
-        (256, 33, 16_384, 48, 5, 120), (384, 49, 4_096, 12, 1, 80))
+    sets: tuple[ClipSet, ...] = (ClipSet(256, 33, 16_384, 16, 120, 48, 5), ClipSet(384, 49, 4_096, 4, 80, 12, 1))
     compile: tuple[str, ...] = ("--compile",)
-    encode_batch: int = 16
     evaluation: tuple[tuple[int, int, int], ...] = ((256, 33, 128), (384, 49, 32))  # size, frames, captions
     sampling: tuple[str, ...] = ("--steps", "20")
     least: float = 1.0  # factor on the seconds a phase needs at least
 
 
 TINY = Sizes(vae=("--size", "32", "--crop", "16", "--frames", "9", "--pool", "8", "--batch", "1"),
-             sets=((32, 9, 32, 2, 2, 20), (48, 13, 16, 1, 1, 20)), compile=(), encode_batch=4,
+             sets=(ClipSet(32, 9, 32, 4, 20, 2, 2), ClipSet(48, 13, 16, 4, 20, 1, 1)), compile=(),
              evaluation=((32, 9, 4), (48, 13, 2)), sampling=("--steps", "4", "--batch", "2"), least=0.2)
 
 
@@ -81,12 +92,13 @@ def phases_of(args: argparse.Namespace) -> list[Phase]:
                             args.vae_rate, "--total-minutes", args.vae_minutes, "--sheet", work / "vae.png",
                             *start_vae, *sizes.vae), 150, outputs=[work / "vae.png"])]
     sets = []
-    for size, frames, clips, batch, turns, seconds in sizes.sets:
-        file = work / f"latents-{size}-{frames}.pt"
-        sets.append(f"{file}:{batch}:{turns}")
-        found.append(Phase(f"latents {size}x{frames}", script(
-            "latents.py", *vocabulary, "--vae", vae_weights, "--out", file, "--size", size, "--frames", frames,
-            "--clips", clips, "--seconds", seconds, "--batch", sizes.encode_batch, *sizes.compile), seconds + 30))
+    for clips in sizes.sets:
+        file = work / f"latents-{clips.size}-{clips.frames}.pt"
+        sets.append(f"{file}:{clips.batch}:{clips.turns}")
+        found.append(Phase(f"latents {clips.size}x{clips.frames}", script(
+            "latents.py", *vocabulary, "--vae", vae_weights, "--out", file, "--size", clips.size, "--frames",
+            clips.frames, "--clips", clips.clips, "--seconds", clips.seconds, "--batch", clips.chunk,
+            *sizes.compile), clips.seconds + 30))
     found.append(Phase("transformer", script(
         "train_transformer.py", "--latents", *sets, "--checkpoint", work / "denoiser.pt", "--ship", model,
         "--total-minutes", args.transformer_minutes, "--rate", args.transformer_rate, *start_dit, *sizes.compile), 90))
