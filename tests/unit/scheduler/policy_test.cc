@@ -55,7 +55,7 @@ std::string Plan(const std::vector<JobView>& jobs, const PolicyLimits& limits = 
       text = "decode";
       break;
   }
-  for (const std::size_t i : action.jobs) text += " " + std::to_string(i);
+  for (const std::size_t i : action.jobs) text.append(" ").append(std::to_string(i));
   return text;
 }
 
