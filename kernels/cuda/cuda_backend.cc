@@ -1,6 +1,8 @@
 #include "kernels/cuda/cuda_backend.h"
 
+#include <algorithm>
 #include <string>
+#include <thread>
 
 #include "kernels/core/error.h"
 #include "kernels/cuda/check.h"
@@ -34,7 +36,10 @@ namespace slalom::cuda {
 namespace {
 
 constexpr std::size_t kGemmWorkspace = std::size_t{32} << 20;  // what cuBLAS advises for Hopper
-constexpr int kOldestMajor = 8;                                // the kernels need mma.sync bf16
+// From here on pinned staging and its threads beat the driver's own staging.
+constexpr std::size_t kLeastUpload = std::size_t{4} << 20;
+constexpr int kMostUploadThreads = 8;
+constexpr int kOldestMajor = 8;  // the kernels need mma.sync bf16
 
 std::shared_ptr<Arena> MakeArena(int device) {
   const auto allocate = [device](std::size_t bytes) -> void* {
@@ -106,6 +111,7 @@ CudaBackend::CudaBackend(int index, const BackendOptions& options) {
 CudaBackend::~CudaBackend() {
   cudaSetDevice(context_.device.index);
   cudaStreamSynchronize(context_.stream);
+  uploader_.reset();
   gemm_.reset();
   cudaStreamDestroy(context_.stream);
 }
@@ -138,6 +144,7 @@ void CudaBackend::Copy(const Tensor& from, const Tensor& to) {
 
   Tensor source = from;
   if (from.device().is_cpu()) {
+    if (Upload(from, to)) return;
     source = convert ? context.Allocate(from.shape(), from.dtype()) : to;
     // From pageable memory the call returns once the driver has taken the bytes.
     Check(cudaMemcpyAsync(source.raw(), from.raw(), from.NumBytes(), cudaMemcpyHostToDevice,
@@ -154,6 +161,20 @@ void CudaBackend::Copy(const Tensor& from, const Tensor& to) {
   const auto kind = to.device().is_cpu() ? cudaMemcpyDeviceToHost : cudaMemcpyDeviceToDevice;
   Check(cudaMemcpyAsync(to.raw(), source.raw(), to.NumBytes(), kind, context.stream), "copy");
   if (to.device().is_cpu()) Synchronize();
+}
+
+bool CudaBackend::Upload(const Tensor& from, const Tensor& to) {
+  const bool narrow = from.dtype() == DType::kF32 && to.dtype() == DType::kBF16;
+  if (from.NumBytes() < kLeastUpload || (from.dtype() != to.dtype() && !narrow)) return false;
+  if (uploader_ == nullptr) {
+    const auto cores = static_cast<int>(std::thread::hardware_concurrency());
+    const int threads = std::clamp(cores, 1, kMostUploadThreads);
+    uploader_ = std::make_unique<Uploader>(
+        MakeUploadLink(context_.device.index, context_.stream, threads), threads);
+  }
+  if (!uploader_->ready()) return false;
+  uploader_->Copy(from.raw(), from.dtype(), to.raw(), to.dtype(), from.NumElements());
+  return true;
 }
 
 void CudaBackend::Zero(const Tensor& tensor) {

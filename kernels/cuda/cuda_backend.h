@@ -9,6 +9,7 @@
 #include "kernels/backend.h"
 #include "kernels/cuda/context.h"
 #include "kernels/cuda/gemm.h"
+#include "kernels/cuda/upload.h"
 
 namespace slalom::cuda {
 
@@ -65,9 +66,12 @@ class CudaBackend final : public Backend {
  private:
   // Every operation runs with this device current: a thread may serve several.
   const Context& Enter() const;
+  // Copies a large host tensor through pinned memory; false when that is not for this one.
+  bool Upload(const Tensor& from, const Tensor& to);
 
   Context context_;
   std::unique_ptr<Gemm> gemm_;
+  std::unique_ptr<Uploader> uploader_;  // made by the first large copy
   DType preferred_ = DType::kF32;
   std::string description_;
   std::size_t total_bytes_ = 0;
