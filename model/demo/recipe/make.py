@@ -158,7 +158,8 @@ def pack(args: argparse.Namespace, phases: list[Phase], table: list[str]) -> Non
         table.append(f"model.tar, SHA-256 {split(args.work / 'model.tar', args.out)}")
     for file in (file for phase in phases for file in phase.outputs if file.exists()):
         shutil.copy(file, args.out)
-    logs = [f"== {log.stem}\n{log.read_text(errors='replace')}" for log in sorted((args.work / "log").glob("*.log"))]
+    logs = [f"== {phase.name}\n{log.read_text(errors='replace')}" for phase in phases
+            if (log := args.work / "log" / f"{phase.name}.log").exists()]
     (args.out / "report.txt").write_text("\n".join(table + logs))
 
 
@@ -185,8 +186,8 @@ def main() -> int:
     caches = {name: str(work / "cache" / name.lower()) for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")}
     environment = {**os.environ, **caches, "PYTHONUNBUFFERED": "1"}
     table, status = [], 0
-    for number, phase in enumerate(phases):
-        done, log = work / "log" / f"{number}.done", work / "log" / f"{number} {phase.name}.log"
+    for phase in phases:
+        done, log = (work / "log" / f"{phase.name}.{end}" for end in ("done", "log"))
         if done.exists():
             table.append(f"{phase.name:20s} done before")
             continue
