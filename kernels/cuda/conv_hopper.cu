@@ -8,6 +8,7 @@
 #include "kernels/cuda/check.h"
 #include "kernels/cuda/conv.h"
 #include "kernels/cuda/hopper/mbarrier.cuh"
+#include "kernels/cuda/hopper/ring.h"
 #include "kernels/cuda/hopper/tensor_map.h"
 #include "kernels/cuda/hopper/tma.cuh"
 #include "kernels/cuda/hopper/wgmma.cuh"
@@ -73,17 +74,6 @@ struct Place {
   }
 };
 
-struct Ring {
-  int stage = 0;
-  std::uint32_t parity = 0;
-  __device__ void Next() {
-    if (++stage == kStages) {
-      stage = 0;
-      parity ^= 1;
-    }
-  }
-};
-
 template <class Tile>
 __device__ void Produce(const CUtensorMap* x_map, const CUtensorMap* history_map,
                         const CUtensorMap* weight_map, SharedStorage<Tile>& shared,
@@ -91,7 +81,7 @@ __device__ void Produce(const CUtensorMap* x_map, const CUtensorMap* history_map
   const ConvShape& shape = p.shape;
   ConvTap tap;
   tap.dt = place.FirstTap(shape);
-  Ring ring;
+  Ring<kStages> ring;
   for (; tap.dt < shape.kt; tap.Advance(shape, kDepth), ring.Next()) {
     const int frame = place.frame + tap.dt - (shape.kt - 1);
     const CUtensorMap* map = frame >= 0 ? x_map : history_map;
@@ -123,8 +113,8 @@ __device__ void Multiply(float (&sums)[Tile::kChannels / 2], std::uint64_t pixel
 template <class Tile>
 __device__ void Consume(SharedStorage<Tile>& shared, int group, int stages,
                         float (&sums)[Tile::kFragments][Tile::kChannels / 2]) {
-  Ring ring;
-  Ring released;  // one stage behind: its products are finished
+  Ring<kStages> ring;
+  Ring<kStages> released;  // one stage behind: its products are finished
   for (int i = 0; i < stages; ++i, ring.Next()) {
     BarrierWait(&shared.full[ring.stage], ring.parity);
 #pragma unroll

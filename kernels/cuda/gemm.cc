@@ -1,6 +1,7 @@
 #include "kernels/cuda/gemm.h"
 
 #include <algorithm>
+#include <array>
 
 #include "kernels/core/error.h"
 #include "kernels/cuda/check.h"
@@ -29,14 +30,31 @@ bool HasBias(GemmArgs::Epilogue epilogue) {
 }
 
 constexpr std::int64_t kTypicalRows = 16384;   // m that kernels are chosen for
+constexpr int kCandidates = 8;                 // of which the first that suits is taken
 constexpr std::uintptr_t kBestAlignment = 16;  // bytes; no kernel asks for more
 
-// What the library may rely on for every row of a matrix with this stride.
-std::int64_t Alignment(const void* pointer, std::int64_t stride, DType type) {
+// What the library may rely on for every row of every matrix with these strides.
+std::int64_t Alignment(const void* pointer, std::int64_t stride, std::int64_t batch_stride,
+                       DType type) {
   const auto bits = reinterpret_cast<std::uintptr_t>(pointer) |
-                    static_cast<std::uintptr_t>(stride) * ByteSize(type) | kBestAlignment;
+                    static_cast<std::uintptr_t>(stride | batch_stride) * ByteSize(type) |
+                    kBestAlignment;
   return static_cast<std::int64_t>(bits & ~(bits - 1));
 }
+
+struct Alignments {
+  std::int64_t a, b, residual, out;
+
+  explicit Alignments(const GemmArgs& args) {
+    const bool many = args.batch > 1;
+    const auto out_stride = many ? args.out_stride : 0;
+    a = Alignment(args.a, args.lda, many ? args.a_stride : 0, args.in_type);
+    b = Alignment(args.b, args.ldb, many ? args.b_stride : 0, args.in_type);
+    out = Alignment(args.out, args.ldo, out_stride, args.out_type);
+    residual =
+        args.beta != 0.0f ? Alignment(args.residual, args.ldo, out_stride, args.out_type) : out;
+  }
+};
 
 // A column-major matrix as the library counts.
 struct Layout {
@@ -88,7 +106,6 @@ struct Preference {
 struct Gemm::Plan {
   cublasLtMatmulDesc_t operation = nullptr;
   cublasLtMatmulAlgo_t algorithm{};
-  std::size_t workspace_bytes = 0;
   bool supported = false;
 
   Plan() = default;
@@ -125,39 +142,51 @@ std::unique_ptr<Gemm::Plan> Gemm::MakePlan(const GemmArgs& args) const {
     plan->Set(CUBLASLT_MATMUL_DESC_BIAS_DATA_TYPE, LibraryType(args.out_type));
   }
   Preference preference;
-  const void* residual = args.beta != 0.0f ? args.residual : args.out;
-  const auto alignment = [](const void* pointer, std::int64_t stride, DType type) {
-    return static_cast<std::uint32_t>(Alignment(pointer, stride, type));
-  };
+  const Alignments alignments(args);
   preference.Set(CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES,
                  static_cast<std::uint64_t>(workspace_.NumBytes()));
   preference.Set(CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK,
                  static_cast<std::uint32_t>(CUBLASLT_REDUCTION_SCHEME_NONE));
   preference.Set(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES,
-                 alignment(args.b, args.ldb, args.in_type));
+                 static_cast<std::uint32_t>(alignments.b));
   preference.Set(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES,
-                 alignment(args.a, args.lda, args.in_type));
+                 static_cast<std::uint32_t>(alignments.a));
   preference.Set(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES,
-                 alignment(residual, args.ldo, args.out_type));
+                 static_cast<std::uint32_t>(alignments.residual));
   preference.Set(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES,
-                 alignment(args.out, args.ldo, args.out_type));
+                 static_cast<std::uint32_t>(alignments.out));
 
-  Layouts layouts(args, kTypicalRows);
-  cublasLtMatmulHeuristicResult_t found{};
+  // The library promises its answers for the shape that it was asked about alone: take the first
+  // that it also accepts for a single row, or else the best.
+  Layouts many(args, kTypicalRows), one(args, 1);
+  std::array<cublasLtMatmulHeuristicResult_t, kCandidates> found{};
   int count = 0;
   const cublasStatus_t status = cublasLtMatmulAlgoGetHeuristic(
-      handle_, plan->operation, &layouts.first.value, &layouts.second.value, &layouts.result.value,
-      &layouts.result.value, preference.handle, 1, &found, &count);
-  plan->supported =
-      status == CUBLAS_STATUS_SUCCESS && count > 0 && found.state == CUBLAS_STATUS_SUCCESS;
-  plan->algorithm = found.algo;
-  plan->workspace_bytes = found.workspaceSize;
+      handle_, plan->operation, &many.first.value, &many.second.value, &many.result.value,
+      &many.result.value, preference.handle, kCandidates, found.data(), &count);
+  if (status != CUBLAS_STATUS_SUCCESS) return plan;
+  const auto suits_one_row = [&](const cublasLtMatmulHeuristicResult_t& candidate) {
+    cublasLtMatmulHeuristicResult_t checked{};
+    return cublasLtMatmulAlgoCheck(handle_, plan->operation, &one.first.value, &one.second.value,
+                                   &one.result.value, &one.result.value, &candidate.algo,
+                                   &checked) == CUBLAS_STATUS_SUCCESS &&
+           checked.workspaceSize <= workspace_.NumBytes();
+  };
+  for (int i = 0; i < count; ++i) {
+    const cublasLtMatmulHeuristicResult_t& candidate = found[static_cast<std::size_t>(i)];
+    if (candidate.state != CUBLAS_STATUS_SUCCESS) continue;
+    const bool suits = suits_one_row(candidate);
+    if (suits || !plan->supported) plan->algorithm = candidate.algo;
+    plan->supported = true;
+    if (suits) break;
+  }
   return plan;
 }
 
 bool Gemm::TryRun(const GemmArgs& args) {
   if (args.m == 0 || args.n == 0 || args.batch == 0) return true;
   const void* residual = args.beta != 0.0f ? args.residual : args.out;
+  const Alignments alignments(args);
   const Key key{args.n,
                 args.k,
                 args.lda,
@@ -171,11 +200,11 @@ bool Gemm::TryRun(const GemmArgs& args) {
                 static_cast<std::int64_t>(args.out_type),
                 static_cast<std::int64_t>(args.epilogue) * 4 + (args.b_is_kn ? 2 : 0) +
                     (args.beta != 0.0f ? 1 : 0),
-                Alignment(args.a, args.lda, args.in_type),
-                Alignment(args.b, args.ldb, args.in_type),
-                Alignment(args.out, args.ldo, args.out_type),
-                Alignment(residual, args.ldo, args.out_type),
-                HasBias(args.epilogue) ? Alignment(args.bias, 0, args.out_type) : 0};
+                alignments.a,
+                alignments.b,
+                alignments.out,
+                alignments.residual,
+                HasBias(args.epilogue) ? Alignment(args.bias, 0, 0, args.out_type) : 0};
   std::unique_ptr<Plan>& plan = plans_[key];
   if (plan == nullptr) plan = MakePlan(args);
   if (!plan->supported) return false;
@@ -184,11 +213,9 @@ bool Gemm::TryRun(const GemmArgs& args) {
   const cublasStatus_t status = cublasLtMatmul(
       handle_, plan->operation, &args.alpha, args.b, &layouts.first.value, args.a,
       &layouts.second.value, &args.beta, residual, &layouts.result.value, args.out,
-      &layouts.result.value, &plan->algorithm, workspace_.raw(), plan->workspace_bytes, stream_);
-  if (status == CUBLAS_STATUS_NOT_SUPPORTED) {
-    plan->supported = false;
-    return false;
-  }
+      &layouts.result.value, &plan->algorithm, workspace_.raw(), workspace_.NumBytes(), stream_);
+  // Neither leaves anything behind on the device: the caller may take another way.
+  if (status == CUBLAS_STATUS_NOT_SUPPORTED || status == CUBLAS_STATUS_INVALID_VALUE) return false;
   Check(status, "cublasLtMatmul");
   return true;
 }

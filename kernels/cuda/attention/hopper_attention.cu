@@ -8,6 +8,7 @@
 #include "kernels/cuda/attention/problem.h"
 #include "kernels/cuda/check.h"
 #include "kernels/cuda/hopper/mbarrier.cuh"
+#include "kernels/cuda/hopper/ring.h"
 #include "kernels/cuda/hopper/tensor_map.h"
 #include "kernels/cuda/hopper/tma.cuh"
 #include "kernels/cuda/hopper/wgmma.cuh"
@@ -59,19 +60,6 @@ struct Parameters {
   int q_length;
   int k_length;
   float scale;
-};
-
-// Counts tiles as they pass through the ring of stages.
-template <int kStages>
-struct Ring {
-  int stage = 0;
-  std::uint32_t parity = 0;
-  __device__ void Next() {
-    if (++stage == kStages) {
-      stage = 0;
-      parity ^= 1;
-    }
-  }
 };
 
 // Tiles are taken from the last to the first, so that the only tile with missing keys comes first

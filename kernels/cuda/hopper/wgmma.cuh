@@ -8,6 +8,8 @@
 
 #include <cstdint>
 
+#include "kernels/cuda/hopper/descriptor.h"
+
 namespace slalom::cuda::hopper {
 
 // --- ordering ---
@@ -26,26 +28,6 @@ template <int kCount>
 __device__ inline void HoldRegisters(float (&registers)[kCount]) {
 #pragma unroll
   for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(registers[i])::"memory");
-}
-
-// --- shared memory operands ---
-// A tile in the 128-byte swizzle that TMA writes: panels of 64 bf16 (128 bytes) per row, groups of
-// 8 rows 1024 bytes apart. `address` is a shared memory address, panels are aligned to 1024 bytes.
-// For an operand whose rows run along the product's k ("transposed"), `panel_bytes` is the distance
-// of two panels; for the others it is not used.
-__device__ inline std::uint64_t SwizzledTile(std::uint32_t address, std::uint32_t panel_bytes) {
-  constexpr std::uint64_t kSwizzle128 = std::uint64_t{1} << 62;
-  constexpr std::uint64_t kRowGroup = std::uint64_t{1024 / 16} << 32;
-  return kSwizzle128 | kRowGroup | static_cast<std::uint64_t>(panel_bytes / 16) << 16 |
-         static_cast<std::uint64_t>((address & 0x3ffffu) / 16);
-}
-
-// The same in the 64-byte swizzle: rows of 32 bf16, groups of 8 rows 512 bytes apart; not
-// transposed.
-__device__ inline std::uint64_t NarrowSwizzledTile(std::uint32_t address) {
-  constexpr std::uint64_t kSwizzle64 = std::uint64_t{2} << 62;
-  constexpr std::uint64_t kRowGroup = std::uint64_t{512 / 16} << 32;
-  return kSwizzle64 | kRowGroup | static_cast<std::uint64_t>((address & 0x3ffffu) / 16);
 }
 
 // --- products: d = a b, or d += a b when `accumulate` ---

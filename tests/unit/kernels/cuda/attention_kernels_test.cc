@@ -170,6 +170,32 @@ class AttentionKernels : public testing::Test {
   Tensor indices_, counts_;
 };
 
+// From one tile to many: the first that fails says where to look.
+class HopperAttentionSteps : public AttentionKernels {
+ protected:
+  void SetUp() override {
+    AttentionKernels::SetUp();
+    if (!IsSkipped() && !OnHopper()) GTEST_SKIP() << "this device is not a Hopper";
+  }
+  void CompareBoth(Case c) {
+    for (const int head_size : {64, 128}) {
+      c.head_size = head_size;
+      Compare(c, AttentionKernel::kHopper);
+    }
+  }
+};
+
+TEST_F(HopperAttentionSteps, OneTile) { CompareBoth({1, 1, 128, 128}); }
+TEST_F(HopperAttentionSteps, HalfATile) { CompareBoth({1, 1, 128, 64}); }
+TEST_F(HopperAttentionSteps, RaggedTile) { CompareBoth({1, 1, 100, 50}); }
+TEST_F(HopperAttentionSteps, TwoTiles) { CompareBoth({1, 1, 128, 256}); }
+TEST_F(HopperAttentionSteps, RingWrapsAround) {
+  for (int tiles = 3; tiles <= 9; ++tiles) CompareBoth({1, 1, 128, 128 * tiles});
+}
+TEST_F(HopperAttentionSteps, HeadsAndSamples) { CompareBoth({3, 5, 384, 384}); }
+TEST_F(HopperAttentionSteps, ListsOfOneConsumer) { CompareBoth({1, 2, 640, 640, 0, 64, 64}); }
+TEST_F(HopperAttentionSteps, ListsOfTwoConsumers) { CompareBoth({1, 2, 640, 640, 0, 128, 64}); }
+
 TEST_F(AttentionKernels, Hopper) {
   if (!OnHopper()) GTEST_SKIP() << "this device is not a Hopper";
   CompareAll(AttentionKernel::kHopper, true);

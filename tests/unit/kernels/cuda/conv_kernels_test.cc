@@ -112,6 +112,19 @@ class ConvKernels : public testing::Test {
   std::mt19937 random_{23};
 };
 
+// From one stage to all of it: the first that fails says where to look.
+TEST_F(ConvKernels, HopperSteps) {
+  if (backend_->context().compute_major != 9) GTEST_SKIP() << "this device is not a Hopper";
+  for (const int channels : {96, 192}) {
+    Compare({1, 16, 16, 96, channels, 1, 1, 1, 0, 0}, ConvKernel::kHopper, false);
+    Compare({1, 16, 16, 192, channels, 1, 1, 1, 0, 0}, ConvKernel::kHopper, false);
+    Compare({1, 16, 16, 96, channels, 1, 3, 3, 0, 0}, ConvKernel::kHopper, false);
+    Compare({2, 16, 16, 96, channels, 3, 1, 1, 0, 0}, ConvKernel::kHopper, false);
+    Compare({2, 16, 16, 96, channels, 3, 1, 1, 2, 0}, ConvKernel::kHopper, false);
+    Compare({1, 16, 16, 96, channels, 1, 1, 1, 0, 0}, ConvKernel::kHopper, true);
+  }
+}
+
 TEST_F(ConvKernels, Hopper) {
   if (backend_->context().compute_major != 9) GTEST_SKIP() << "this device is not a Hopper";
   for (const auto& [in, out] : {std::pair{96, 96}, {96, 192}, {192, 96}, {192, 384}, {288, 192}}) {

@@ -1,0 +1,31 @@
+// How wgmma is told where an operand lies in shared memory (PTX ISA, "Matrix descriptor"). Plain
+// arithmetic, so that a test can follow it on the host.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+namespace slalom::cuda::hopper {
+
+// A tile in the 128-byte swizzle that TMA writes: panels of 64 bf16 (128 bytes) per row, groups of
+// 8 rows 1024 bytes apart. `address` is a shared memory address, panels are aligned to 1024 bytes;
+// a step along a row is a larger address. For an operand whose rows run along the product's k
+// ("transposed"), `panel_bytes` is the distance of two panels; for the others it is not used.
+__host__ __device__ constexpr std::uint64_t SwizzledTile(std::uint32_t address,
+                                                         std::uint32_t panel_bytes) {
+  constexpr std::uint64_t kSwizzle128 = std::uint64_t{1} << 62;
+  constexpr std::uint64_t kRowGroup = std::uint64_t{1024 / 16} << 32;
+  return kSwizzle128 | kRowGroup | static_cast<std::uint64_t>(panel_bytes / 16) << 16 |
+         static_cast<std::uint64_t>((address & 0x3ffffu) / 16);
+}
+
+// The same in the 64-byte swizzle: rows of 32 bf16, groups of 8 rows 512 bytes apart; not
+// transposed.
+__host__ __device__ constexpr std::uint64_t NarrowSwizzledTile(std::uint32_t address) {
+  constexpr std::uint64_t kSwizzle64 = std::uint64_t{2} << 62;
+  constexpr std::uint64_t kRowGroup = std::uint64_t{512 / 16} << 32;
+  return kSwizzle64 | kRowGroup | static_cast<std::uint64_t>((address & 0x3ffffu) / 16);
+}
+
+}  // namespace slalom::cuda::hopper
