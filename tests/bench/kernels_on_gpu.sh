@@ -1,74 +1,149 @@
 #!/bin/bash
-# Builds kernels/ alone on a machine with a GPU, checks it and times it; the tables come last.
+# Builds kernels/ alone on a machine with a GPU, checks it from the simplest fact upwards, and times it.
 #
-#   tests/bench/kernels_on_gpu.sh [RESULT_DIR [sanitize]]
+#   tests/bench/kernels_on_gpu.sh [RESULT_DIR]                     # 8 minutes at most
+#   tests/bench/kernels_on_gpu.sh RESULT_DIR sanitize              # memcheck and racecheck over the tests
+#   tests/bench/kernels_on_gpu.sh RESULT_DIR where PROGRAM FILTER  # where a test hangs, by cuda-gdb
 #
-# With "sanitize", compute-sanitizer's memcheck and racecheck run over the tests instead of the timing.
+# Each rung of the ladder is a process of its own with a short limit, so that a fault or a hang hides
+# nothing else; the first rung that fails says where to look. The table comes last and fits a screen;
+# RESULT_DIR gets table.txt, bench.txt and logs.tar.gz.
 # Needs nvcc, CMake and GoogleTest; where GoogleTest is not installed, its sources may lie in
 # build/googletest. PyTorch, if python3 has it, is timed beside.
 set -uo pipefail
-cd "$(dirname "$0")/../.."
+cd "$(dirname "$0")/../.." || exit 1
 results=${1:-build/kernels-gpu-results}
-mkdir -p "$results"
+mode=${2:-ladder}
 build=build/kernels-gpu
-generator=(); command -v ninja >/dev/null && generator=(-G Ninja)
+logs=$build/logs
+limit=${LIMIT_SECONDS:-470}
+mkdir -p "$results" "$logs"
+left() { echo $((limit - SECONDS)); }
 
+# --- build ---
+generator=(); command -v ninja >/dev/null && generator=(-G Ninja)
 prefix=()
 if [ -d build/googletest ]; then
-  cmake -S build/googletest -B build/googletest-build "${generator[@]}" -DCMAKE_BUILD_TYPE=Release \
-    -DBUILD_GMOCK=OFF -DCMAKE_INSTALL_PREFIX="$PWD/build/googletest-prefix" >"$results/gtest.log" &&
-    cmake --build build/googletest-build --target install -j >>"$results/gtest.log" || exit 1
+  { cmake -S build/googletest -B build/googletest-build "${generator[@]}" -DCMAKE_BUILD_TYPE=Release \
+      -DBUILD_GMOCK=OFF -DCMAKE_INSTALL_PREFIX="$PWD/build/googletest-prefix" &&
+      cmake --build build/googletest-build --target install -j "$(nproc)"; } >"$logs/gtest.log" 2>&1 ||
+    { tail -30 "$logs/gtest.log"; exit 1; }
   prefix=(-DCMAKE_PREFIX_PATH="$PWD/build/googletest-prefix")
 fi
-
 # cuBLASLt may come with a Python wheel instead of the toolkit.
 toolkit=$(dirname "$(dirname "$(readlink -f "$(command -v nvcc)")")")
-library=()
+options=()
 if ! find -L "$toolkit" -name cublasLt.h 2>/dev/null | grep -q .; then
   header=$(find / -name cublasLt.h -not -path '/proc/*' 2>/dev/null | head -1)
   binary=$(find / -name 'libcublasLt.so*' -not -path '/proc/*' 2>/dev/null | head -1)
-  library=(-DSLALOM_CUBLASLT_INCLUDE="$(dirname "$header")" -DSLALOM_CUBLASLT="$binary")
+  options+=(-DSLALOM_CUBLASLT_INCLUDE="$(dirname "$header")" -DSLALOM_CUBLASLT="$binary")
 fi
-
+# One architecture takes half the time of all.
+if [ "$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -1)" = 9.0 ]; then
+  options+=(-DSLALOM_CUDA_ARCHITECTURES=90a-real)
+fi
 cmake -S . -B "$build" "${generator[@]}" -DCMAKE_BUILD_TYPE=Release -DSLALOM_CUDA=ON \
-  -DSLALOM_KERNELS_ONLY=ON "${prefix[@]}" "${library[@]}" >"$results/configure.log" 2>&1 ||
-  { tail -30 "$results/configure.log"; exit 1; }
-cmake --build "$build" -j >"$results/build.log" 2>&1 || { grep -E "error|FAILED" -A5 "$results/build.log" | head -60; exit 1; }
+  -DSLALOM_KERNELS_ONLY=ON -DCMAKE_CUDA_FLAGS=-lineinfo "${prefix[@]}" "${options[@]}" \
+  >"$logs/configure.log" 2>&1 || { tail -30 "$logs/configure.log"; exit 1; }
+cmake --build "$build" -j "$(nproc)" >"$logs/build.log" 2>&1 ||
+  { grep -E "error|FAILED|undefined" -A5 "$logs/build.log" | cut -c1-300 | head -60; exit 1; }
+echo "built after $SECONDS s"
+program() { find "$build/tests" -name "$1" -type f -perm -u+x | head -1; }
 
-# Each group of tests in its own process, for a short time: a fault or a hang must not hide the rest.
-summary=()
-check() {  # NAME PROGRAM FILTER SECONDS
-  local log="$results/$1.log" status
-  timeout "$4" "$(find "$build/tests" -name "$2" -type f)" --gtest_brief=1 --gtest_filter="$3" >"$log" 2>&1
-  status=$?
-  summary+=("$1: exit $status, $(grep -E '^\[  (PASSED|FAILED)' "$log" | head -2 | tr '\n' ' ')")
-  [ $status -eq 0 ] || grep -E 'off by|FAILED|what\(\)|rror|Le|actual' "$log" | cut -c1-220 | head -25
+# --- other modes ---
+sanitize() {  # TOOL PROGRAM FILTER
+  timeout -k 5 120 compute-sanitizer --tool "$1" --error-exitcode 9 "$(program "$2")" --gtest_brief=1 \
+    --gtest_filter="$3" >"$logs/$1-$2.log" 2>&1
+  echo "$1 $2 $3: exit $?, $(grep -E 'ERROR SUMMARY|RACECHECK SUMMARY' "$logs/$1-$2.log" | tail -1)"
+  grep -E '=========' "$logs/$1-$2.log" | head -8 | cut -c1-200
 }
-sanitize() {  # TOOL PROGRAM
-  local log="$results/$1-$2.log"
-  timeout 250 compute-sanitizer --tool "$1" --error-exitcode 9 \
-    "$(find "$build/tests" -name "$2" -type f)" --gtest_brief=1 >"$log" 2>&1
-  summary+=("$1 $2: exit $?, $(grep -E 'ERROR SUMMARY|RACECHECK SUMMARY' "$log" | tail -1)")
-}
-if [ "${2:-}" = sanitize ]; then
+finish() { tar -czf "$results/logs.tar.gz" -C "$build" logs; }
+trap finish EXIT
+if [ "$mode" = sanitize ]; then
   for tool in memcheck racecheck; do
-    for program in kernels_cuda_test kernels_cuda_conv_test kernels_cuda_attention_test; do
-      sanitize "$tool" "$program"
-    done
+    sanitize $tool kernels_cuda_hopper_test '*'
+    sanitize $tool kernels_cuda_attention_test 'HopperAttentionSteps*:*TensorCoreWithBias'
+    sanitize $tool kernels_cuda_conv_test '*HopperSteps'
+    sanitize $tool kernels_cuda_test '*Rows*:*Frames*:*Sla*:*Salad*'
   done
-  printf '%s\n' "${summary[@]}"
   exit 0
 fi
-check host kernels_cuda_host_test '*' 60
-check rows kernels_cuda_test '*Rows*:*Memory*' 90
-check frames kernels_cuda_test '*Frames*' 90
-check kernels-sm80 kernels_cuda_attention_test '-*Hopper*' 90
-check kernels-hopper kernels_cuda_attention_test '*Hopper*' 60
-check conv-sm80 kernels_cuda_conv_test '-*Hopper*' 60
-check conv-hopper kernels_cuda_conv_test '*Hopper*' 60
-check attention kernels_cuda_test '*Attention*' 90
-timeout 150 "$build/tests/bench/kernels_bench" --json "$results/kernels_bench.json" 2>&1 | tee "$results/kernels_bench.txt"
-if python3 -c "import torch; assert torch.cuda.is_available()" 2>/dev/null; then
-  timeout 120 python3 tests/bench/peer_attention.py 2>&1 | tee "$results/peers.txt"
+if [ "$mode" = where ]; then
+  timeout -s INT -k 30 20 cuda-gdb -batch -ex run -ex 'info cuda kernels' -ex 'info cuda warps' -ex bt \
+    --args "$(program "$3")" --gtest_filter="$4" 2>&1 | tail -80 | cut -c1-160
+  exit 0
 fi
-printf '%s\n' "${summary[@]}"
+
+# --- the ladder ---
+: >"$results/table.txt"
+: >"$logs/failures.txt"
+rung() {  # NAME PROGRAM FILTER SECONDS
+  local log="$logs/$1.log" start=$SECONDS status verdict
+  if [ "$(left)" -lt "$4" ]; then
+    printf '%-27s not run: no time left\n' "$1" >>"$results/table.txt"
+    return
+  fi
+  timeout -k 5 "$4" "$(program "$2")" --gtest_brief=1 --gtest_filter="$3" >"$log" 2>&1
+  status=$?
+  case $status in
+    0) verdict=$(grep -Eo '(PASSED|SKIPPED) +\] [0-9]+' "$log" | tr -d ']' | tr -s ' ' | tr '\n' ' ') ;;
+    124 | 137) verdict="HANGS (limit $4 s): $(grep -Eo 'FAILED +\] [^ ]+' "$log" | head -1)" ;;
+    *) verdict="FAILS ($status): $(grep -Ec '^\[  FAILED' "$log") tests" ;;
+  esac
+  printf '%-27s %3d s  %s\n' "$1" $((SECONDS - start)) "$verdict" >>"$results/table.txt"
+  [ $status -eq 0 ] && return
+  { echo "--- $1 ($2 --gtest_filter='$3')"
+    grep -E 'FAILED|off by|what\(\)|C\+\+ exception|rror|Which is|actual|element|row ' "$log" |
+      cut -c1-170 | head -7; } >>"$logs/failures.txt"
+}
+hopper=kernels_cuda_hopper_test attention=kernels_cuda_attention_test conv=kernels_cuda_conv_test
+operations=kernels_cuda_test
+
+rung host              kernels_cuda_host_test '*' 30
+rung memory            $operations '*MemoryTest*' 40
+rung tma-copy          $hopper '*Copy*' 20
+rung wgmma-scores      $hopper '*Scores*' 20
+rung wgmma-values      $hopper '*Values*' 20
+rung wgmma-channels    $hopper '*Channels*' 20
+rung warpgroup-turns   $hopper '*Turns*' 20
+rung linear            $operations '*RowsTest.Linear*' 45
+rung rows              $operations '*RowsTest.*-*Linear*' 45
+rung frames            $operations '*FramesTest.*-*Conv*' 30
+rung attention-row     $attention 'AttentionKernels.Row' 40
+rung attention-product $attention 'AttentionKernels.Product' 40
+rung attention-mma     $attention 'AttentionKernels.TensorCore*' 40
+for step in OneTile HalfATile RaggedTile TwoTiles RingWrapsAround HeadsAndSamples ListsOfOneConsumer \
+  ListsOfTwoConsumers; do
+  rung "hopper-$step" $attention "HopperAttentionSteps.$step" 15
+done
+rung hopper-all        $attention 'AttentionKernels.Hopper' 40
+rung hopper-repeats    $attention 'AttentionKernels.HopperRepeats' 30
+rung conv-mma          $conv '*TensorCore' 30
+rung conv-hopper-steps $conv '*HopperSteps' 15
+rung conv-hopper       $conv 'ConvKernels.Hopper' 40
+rung conv-operation    $operations '*FramesTest.Conv*' 40
+rung dense             $operations '*AttentionTest.Dense*' 60
+rung maps              $operations '*AttentionTest.Map*:*Window*:*Count*:*MassKept*' 40
+rung sla               $operations '*AttentionTest.Sla*' 60
+rung salad             $operations '*AttentionTest.Salad*' 40
+echo "checked after $SECONDS s" >>"$results/table.txt"
+
+# --- times ---
+: >"$results/bench.txt"
+for part in copy norm linear conv mma.sync products hopper sparse sla; do
+  [ "$(left)" -gt 15 ] || { echo "$part: no time left" >>"$results/bench.txt"; continue; }
+  timeout -k 5 "$(($(left) < 45 ? $(left) - 6 : 45))" "$build/tests/bench/kernels_bench" --filter "$part" \
+    --json "$logs/bench-$part.json" >"$logs/bench-$part.log" 2>&1
+  status=$?
+  tail -n +2 "$logs/bench-$part.log" | cut -c1-110 >>"$results/bench.txt"
+  [ $status -eq 0 ] || echo "$part: exit $status, $(tail -1 "$logs/bench-$part.log" | cut -c1-150)" >>"$results/bench.txt"
+done
+if [ "$(left)" -gt 40 ] && python3 -c "import torch; assert torch.cuda.is_available()" 2>/dev/null; then
+  timeout -k 5 "$(($(left) - 10))" python3 tests/bench/peer_attention.py >"$logs/peers.log" 2>&1
+  tail -25 "$logs/peers.log" | cut -c1-110 >>"$results/bench.txt"
+fi
+
+head -c 5000 "$logs/failures.txt"
+head -c 3200 "$results/bench.txt"
+cat "$results/table.txt"
+echo "all after $SECONDS s"
