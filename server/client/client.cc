@@ -37,6 +37,9 @@ CallError ToError(const grpc::Status& status) {
 CallError::CallError(int code, const std::string& message, std::optional<double> retry_seconds)
     : std::runtime_error(message), code_(code), retry_seconds_(retry_seconds) {}
 
+CallError::CallError(int code, const std::string& message, std::string advice)
+    : std::runtime_error(message), code_(code), advice_(std::move(advice)) {}
+
 const char* CallError::code_name() const {
   static constexpr const char* kNames[] = {"OK",
                                            "CANCELLED",
@@ -59,6 +62,7 @@ const char* CallError::code_name() const {
 }
 
 std::string CallError::advice() const {
+  if (!advice_.empty()) return advice_;
   if (retry_seconds_) {
     return "try again in " + std::to_string(static_cast<int>(std::ceil(*retry_seconds_))) + " s";
   }

@@ -17,6 +17,8 @@ namespace slalom::client {
 class CallError : public std::runtime_error {
  public:
   CallError(int code, const std::string& message, std::optional<double> retry_seconds = {});
+  // A failure on this side of the wire, with its own advice.
+  CallError(int code, const std::string& message, std::string advice);
 
   int code() const { return code_; }  // a gRPC status code
   const char* code_name() const;      // "INVALID_ARGUMENT"
@@ -27,6 +29,7 @@ class CallError : public std::runtime_error {
  private:
   int code_;
   std::optional<double> retry_seconds_;
+  std::string advice_;  // empty: the code's
 };
 
 struct ClientOptions {

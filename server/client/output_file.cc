@@ -17,7 +17,9 @@ namespace {
   const bool full = error == ENOSPC || error == EDQUOT || error == EFBIG;
   throw CallError(
       full ? grpc::StatusCode::RESOURCE_EXHAUSTED : grpc::StatusCode::FAILED_PRECONDITION,
-      what + " " + path + ": " + std::strerror(error));
+      what + " " + path + ": " + std::strerror(error),
+      std::string(full ? "make room there, or name another place by -o"
+                       : "name a file by -o that can be written"));
 }
 
 bool IsSpecial(const std::string& path) {

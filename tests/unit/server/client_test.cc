@@ -139,6 +139,7 @@ TEST(CallErrorTest, AlwaysHasSomethingToTry) {
     EXPECT_FALSE(CallError(code, "x").advice().empty());
     EXPECT_NE(std::string(CallError(code, "x").code_name()), "OK");
   }
+  EXPECT_EQ(CallError(9, "no such folder", std::string("name another")).advice(), "name another");
   EXPECT_NE(CallError(8, "full", 2.5).advice().find("3 s"), std::string::npos);
 }
 
