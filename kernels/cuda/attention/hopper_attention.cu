@@ -198,26 +198,36 @@ struct Consumer {
     }
   }
 
+  // Ends the product that StartOutput began, if one is `pending`, and brings the sums so far to the
+  // new maxima.
+  __device__ void FinishOutput(bool pending, float (&output)[kOutputs],
+                               const float (&correction)[2]) {
+    WgmmaWait<0>();
+    HoldRegisters(output);
+    if (pending) ReleaseV();
+    ScaleRows(output, correction);
+  }
+
   __device__ void Run(const KeyBlocks& keys, OnlineSoftmax& softmax, float (&output)[kOutputs]) {
     const int tiles = TileCount<Tile>(keys);
+    float scores[kScores];
     std::uint32_t probabilities[kScores / 8][4];
     float correction[2];
     BarrierWait(&shared.q_full, 0);
-    {
-      float scores[kScores];
-      AwaitTurn();
-      StartScores(scores);
-      PassTurn();
-      WgmmaWait<0>();
-      HoldRegisters(scores);
-      ReleaseK();
-      MaskTile(scores, keys, tiles - 1);
-      softmax.Update(scores, correction);
-      PackProbabilities(scores, probabilities);
-    }
+    AwaitTurn();
+    StartScores(scores);
+    PassTurn();
+    WgmmaWait<0>();
+    HoldRegisters(scores);
+    ReleaseK();
+    MaskTile(scores, keys, tiles - 1);
+    softmax.Update(scores, correction);
+    // The product with V ends at the head of the next round, not at the end of its own: within one
+    // round the assembler would move the wait in front of the softmax, which is to hide behind it.
 #pragma unroll 1
     for (int tile = tiles - 2; tile >= 0; --tile) {
-      float scores[kScores];
+      FinishOutput(tile < tiles - 2, output, correction);
+      PackProbabilities(scores, probabilities);
       AwaitTurn();
       StartScores(scores);
       StartOutput(probabilities, output);
@@ -226,12 +236,9 @@ struct Consumer {
       HoldRegisters(scores);
       ReleaseK();
       softmax.Update(scores, correction);
-      WgmmaWait<0>();
-      HoldRegisters(output);
-      ReleaseV();
-      PackProbabilities(scores, probabilities);
-      ScaleRows(output, correction);
     }
+    FinishOutput(tiles > 1, output, correction);
+    PackProbabilities(scores, probabilities);
     AwaitTurn();
     StartOutput(probabilities, output);
     PassTurn();
