@@ -202,7 +202,7 @@ class Backend {
   // --- memory ---
   // Uninitialised memory from the arena; it returns there when the last Tensor that shares it goes.
   virtual Tensor Allocate(const Shape& shape, DType dtype) = 0;
-  virtual MemoryStats Memory() const = 0;
+  virtual MemoryStats Memory() const = 0;  // from any thread
   virtual void ResetPeak() = 0;
   // Copies between host and device or within the device; the types may differ (f32, bf16, f16, f64
   // are converted into f32 or bf16; integers stay as they are). A copy to the host has arrived when

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "kernels/attention.h"
+#include "kernels/backend.h"
 #include "kernels/core/device.h"
 #include "kernels/core/tensor.h"
 
@@ -133,6 +134,9 @@ class Pipeline {
   // kInvalidArgument with all violations, kFailedPrecondition when the attention kind has no
   // adapter, kResourceExhausted when the clip can never fit the device.
   virtual ClipSpec Resolve(const ClipRequest& request) const = 0;
+  // What this pipeline holds of its device; the peak counts from the end of loading. Pipelines of
+  // one device each have their own share of it, all the same total. Thread-safe.
+  virtual MemoryStats Memory() const = 0;
   // Thread-safe.
   virtual ClipCost Estimate(const ClipSpec& spec) const = 0;
 

@@ -121,6 +121,7 @@ WanPipeline::WanPipeline(WanModel model, int max_batch)
   const MemoryStats memory = model_.backend->Memory();
   weight_bytes_ = memory.bytes_in_use;
   device_bytes_ = memory.bytes_total;
+  model_.backend->ResetPeak();
 }
 
 // --- from any thread ---

@@ -45,6 +45,7 @@ class WanPipeline : public Pipeline {
   const ModelInfo& info() const override { return info_; }
   Device device() const override { return model_.backend->device(); }
   std::string device_description() const override { return description_; }
+  MemoryStats Memory() const override { return model_.backend->Memory(); }
   ClipSpec Resolve(const ClipRequest& request) const override;
   ClipCost Estimate(const ClipSpec& spec) const override;
   std::unique_ptr<Generation> Begin(const ClipSpec& spec) const override;

@@ -38,6 +38,7 @@ struct DeviceStats {
   bool healthy = true;
   int in_flight = 0;
   double busy_seconds = 0;  // in pipeline calls, since the start
+  MemoryStats memory;       // of its pipelines together
 };
 
 struct SchedulerStats {

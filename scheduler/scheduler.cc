@@ -123,7 +123,14 @@ bool Scheduler::Cancel(const std::string& id) {
 
 std::optional<JobStatus> Scheduler::Find(const std::string& id) const { return table_->Find(id); }
 std::vector<JobStatus> Scheduler::List() const { return table_->List(); }
-SchedulerStats Scheduler::Stats() const { return table_->Stats(); }
+SchedulerStats Scheduler::Stats() const {
+  SchedulerStats stats = table_->Stats();
+  // The table counts its workers in the order in which they were made.
+  for (std::size_t i = 0; i < workers_.size(); ++i) {
+    stats.devices[i].memory = workers_[i]->Memory();
+  }
+  return stats;
+}
 bool Scheduler::accepting() const { return table_->accepting(); }
 bool Scheduler::healthy() const { return table_->healthy(); }
 void Scheduler::StopAccepting() { table_->StopAccepting(); }

@@ -60,6 +60,18 @@ const Pipeline* Worker::Find(const std::string& model) const {
   return nullptr;
 }
 
+MemoryStats Worker::Memory() const {
+  MemoryStats sum;
+  for (const auto& pipeline : pipelines_) {
+    const MemoryStats one = pipeline->Memory();
+    sum.bytes_in_use += one.bytes_in_use;
+    sum.bytes_reserved += one.bytes_reserved;
+    sum.bytes_peak += one.bytes_peak;
+    sum.bytes_total = std::max(sum.bytes_total, one.bytes_total);
+  }
+  return sum;
+}
+
 void Worker::Loop() {
   while (!lost_) {
     const std::uint64_t epoch = table_->epoch();

@@ -29,6 +29,8 @@ class Worker {
 
   // Null when this device does not have the model. Thread-safe.
   const Pipeline* Find(const std::string& model) const;
+  // Of all its pipelines. Thread-safe.
+  MemoryStats Memory() const;
 
  private:
   struct Outcome {

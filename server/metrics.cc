@@ -105,7 +105,10 @@ class Metrics::Impl {
   prometheus::Counter& videos = Counters("slalom_videos_total", "Videos completed").Add({});
   prometheus::Counter& video_seconds =
       Counters("slalom_video_seconds_total", "Playing time of the videos completed").Add({});
-  GaugeFamily& memory = Gauges("slalom_device_memory_bytes", "Memory in use, by kind");
+  GaugeFamily& memory = Gauges(
+      "slalom_device_memory_bytes",
+      "Memory by kind: a device's total, in_use, reserved by the arenas and peak in use; this "
+      "process's resident memory on the host");
   CounterFamily& busy =
       Counters("slalom_device_busy_seconds_total", "Seconds that a device has worked");
   prometheus::Histogram& cancel_to_free =
@@ -191,9 +194,17 @@ std::string Metrics::Text(const SchedulerStats* stats) {
     for (const DeviceStats& device : stats->devices) {
       prometheus::Counter& busy = impl_->busy.Add({{"device", device.device}});
       busy.Increment(device.busy_seconds - busy.Value());
+      const auto set = [&](const char* kind, std::size_t bytes) {
+        impl_->memory.Add({{"device", device.device}, {"kind", kind}})
+            .Set(static_cast<double>(bytes));
+      };
+      set("total", device.memory.bytes_total);
+      set("in_use", device.memory.bytes_in_use);
+      set("reserved", device.memory.bytes_reserved);
+      set("peak", device.memory.bytes_peak);
     }
   }
-  impl_->memory.Add({{"device", "cpu"}, {"kind", "resident"}}).Set(ResidentBytes());
+  impl_->memory.Add({{"device", "host"}, {"kind", "resident"}}).Set(ResidentBytes());
   std::ostringstream out;
   prometheus::TextSerializer().Serialize(out, impl_->registry.Collect());
   return out.str();

@@ -5,7 +5,10 @@
 #include <grpcpp/health_check_service_interface.h>
 #include <spdlog/spdlog.h>
 
+#include <algorithm>
 #include <atomic>
+#include <limits>
+#include <map>
 #include <mutex>
 #include <thread>
 #include <utility>
@@ -27,6 +30,26 @@ constexpr auto kPollTime = std::chrono::milliseconds(100);
 // A dead client is noticed within this, even where nothing resets its connection.
 constexpr int kKeepaliveMs = 20'000;
 constexpr int kKeepaliveTimeoutMs = 10'000;
+
+// What the fullest device has for clips beside its weights, but for a reserve that no prediction
+// covers: library handles, fragments. 0, no limit, where a device does not say.
+std::size_t ClipMemory(const std::vector<std::unique_ptr<Pipeline>>& pipelines) {
+  constexpr double kUsable = 0.95;
+  std::map<std::string, MemoryStats> devices;
+  for (const auto& pipeline : pipelines) {
+    const MemoryStats memory = pipeline->Memory();
+    MemoryStats& device = devices[ToString(pipeline->device())];
+    device.bytes_in_use += memory.bytes_in_use;
+    device.bytes_total = std::max(device.bytes_total, memory.bytes_total);
+  }
+  std::size_t least = std::numeric_limits<std::size_t>::max();
+  for (const auto& [name, memory] : devices) {
+    const auto usable = static_cast<std::size_t>(kUsable * static_cast<double>(memory.bytes_total));
+    if (usable <= memory.bytes_in_use) return 0;
+    least = std::min(least, usable - memory.bytes_in_use);
+  }
+  return devices.empty() ? 0 : least;
+}
 
 ServiceOptions MakeServiceOptions(const ServerConfig& config) {
   ServiceOptions options;
@@ -69,7 +92,9 @@ class Server::Impl {
     options.limits.max_batch = config_.max_batch > 0 ? config_.max_batch : kNoLimit;
     options.limits.max_in_flight = config_.max_in_flight;
     options.limits.max_decoding = config_.max_decoding;
-    options.limits.memory_bytes = static_cast<std::size_t>(config_.clip_memory_mib) << 20;
+    options.limits.memory_bytes = config_.clip_memory_mib > 0
+                                      ? static_cast<std::size_t>(config_.clip_memory_mib) << 20
+                                      : ClipMemory(pipelines);
     options.on_step = [this](const StepObservation& step) { metrics_.ObserveStep(step); };
     auto scheduler = std::make_unique<Scheduler>(std::move(pipelines), std::move(options));
     {

@@ -1,7 +1,9 @@
-// Times a model's pipeline piece by piece, without a server: one denoising step for every attention
-// mode and size, and the decoding of a clip. Prints a table, or JSON for scripts.
+// Times a model piece by piece, without a server: each network alone (one forward, 512 tokens of
+// text, decoding), one denoising step for every attention mode, and whole clips with the seconds of
+// each stage. Prints a table, or JSON for scripts; memory stands beside what was predicted.
 //
-//   pipeline_bench --model model/demo --sizes 256x256x33,384x384x49 --steps 5
+//   pipeline_bench --model model/demo --sizes 256x256x33,384x384x49 --repeats 5
+//   pipeline_bench --model /data/random-1.3b --device cuda --parts forward,text,decode --json
 
 #include <CLI/CLI.hpp>
 #include <algorithm>
@@ -12,12 +14,16 @@
 #include <iostream>
 #include <memory>
 #include <nlohmann/json.hpp>
+#include <set>
 #include <string>
 #include <vector>
 
+#include "kernels/backend.h"
 #include "kernels/core/device.h"
 #include "kernels/core/error.h"
+#include "model/config.h"
 #include "model/pipeline.h"
+#include "tests/bench/bench_networks.h"
 
 namespace slalom {
 namespace {
@@ -27,10 +33,11 @@ struct Options {
   std::string device = "cpu";
   std::string dtype = "auto";
   std::vector<std::string> sizes;  // WxHxF; empty: the model's default
-  int steps = 5;
+  std::set<std::string> parts = {"forward", "text", "decode", "step", "clip"};
+  int repeats = 5;
+  int clip_steps = 0;  // 0: the model's default
   int threads = 0;
   double topk = 0.0;  // 0: the adapter's
-  bool decode = true;
   bool json = false;
 };
 
@@ -97,70 +104,154 @@ StepTimes TimeSteps(const Pipeline& pipeline, const ClipSpec& spec,
           (*clip)->statistics().sparsity()};
 }
 
-double TimeDecode(const Pipeline& pipeline, Generation& clip) {
-  const auto start = std::chrono::steady_clock::now();
-  while (pipeline.DecodeNext(clip).num_frames() > 0) {
-  }
-  return Seconds(start);
-}
-
-nlohmann::json BenchSize(const Pipeline& pipeline, const Options& options, const Size& size) {
-  nlohmann::json row = {{"width", size.width}, {"height", size.height}, {"frames", size.frames}};
+// One step at a time of every attention mode.
+nlohmann::json BenchSteps(const Pipeline& pipeline, const Options& options, const Size& size) {
+  nlohmann::json rows = nlohmann::json::array();
   for (const ModelInfo::Attention& mode : pipeline.info().attention) {
     const ClipSpec spec =
-        pipeline.Resolve(MakeRequest(size, options.steps + 1, mode.kind, options.topk));
+        pipeline.Resolve(MakeRequest(size, options.repeats + 1, mode.kind, options.topk));
     std::unique_ptr<Generation> clip;
     const StepTimes times = TimeSteps(pipeline, spec, &clip);
-    row["steps"].push_back({{"attention", times.attention},
-                            {"median_seconds", times.median_seconds},
-                            {"best_seconds", times.best_seconds},
-                            {"sparsity", times.sparsity}});
-    if (options.decode && mode.kind == AttentionKind::kDense) {
-      row["decode_seconds"] = TimeDecode(pipeline, *clip);
+    rows.push_back({{"attention", times.attention},
+                    {"median_seconds", times.median_seconds},
+                    {"best_seconds", times.best_seconds},
+                    {"sparsity", times.sparsity}});
+  }
+  return rows;
+}
+
+// Prompt to pixels with the model's default attention. The peak counts from loading on, so it is
+// this clip's only if no earlier one was larger.
+nlohmann::json BenchClip(const Pipeline& pipeline, const Options& options, const Size& size) {
+  const ClipSpec& defaults = pipeline.info().defaults;
+  const int steps = options.clip_steps > 0 ? options.clip_steps : defaults.steps;
+  const ClipSpec spec =
+      pipeline.Resolve(MakeRequest(size, steps, defaults.attention, options.topk));
+  const ClipCost cost = pipeline.Estimate(spec);
+  const std::size_t before = pipeline.Memory().bytes_in_use;
+  const auto start = std::chrono::steady_clock::now();
+  const std::unique_ptr<Generation> clip = pipeline.Begin(spec);
+  const double begin_seconds = Seconds(start);
+  const std::array<Generation*, 1> batch = {clip.get()};
+  while (!clip->denoised()) {
+    if (const auto failed = pipeline.DenoiseStep(batch); !failed.empty()) {
+      throw Error(ErrorCode::kInternal, failed.front().message);
     }
   }
+  double first_frames_seconds = 0;
+  while (pipeline.DecodeNext(*clip).num_frames() > 0) {
+    if (first_frames_seconds == 0) first_frames_seconds = Seconds(start);
+  }
+  const double total = Seconds(start);
+  const ClipStatistics& statistics = clip->statistics();
+  const double explained = begin_seconds + statistics.denoise_seconds + statistics.decode_seconds;
+  const std::size_t predicted =
+      before + cost.waiting_bytes + std::max(cost.step_bytes, cost.decode_bytes);
+  return {{"attention", Name(spec.attention)},
+          {"steps", steps},
+          {"guidance_scale", spec.guidance_scale},
+          {"total_seconds", total},
+          {"tokenize_seconds", statistics.tokenize_seconds},
+          {"text_encode_seconds", statistics.text_encode_seconds},
+          {"begin_seconds", begin_seconds},
+          {"denoise_seconds", statistics.denoise_seconds},
+          {"decode_seconds", statistics.decode_seconds},
+          {"unexplained_seconds", total - explained},
+          {"first_frames_seconds", first_frames_seconds},
+          {"peak_bytes", pipeline.Memory().bytes_peak},
+          {"predicted_bytes", predicted}};
+}
+
+nlohmann::json BenchNetworks(const Options& options, const Size& size) {
+  const NetworkBenchOptions network = {.folder = options.model,
+                                       .device = ParseDevice(options.device),
+                                       .dtype = options.dtype,
+                                       .threads = options.threads,
+                                       .repeats = options.repeats,
+                                       .width = size.width,
+                                       .height = size.height,
+                                       .num_frames = size.frames};
+  nlohmann::json row;
+  if (options.parts.contains("text")) row["text"] = BenchTextEncoder(network);
+  if (options.parts.contains("forward")) row["forward"] = BenchForward(network);
+  if (options.parts.contains("decode")) row["decode"] = BenchDecoder(network);
   return row;
 }
 
 void PrintTable(const nlohmann::json& report) {
+  constexpr double kMiB = 1 << 20;
   std::printf("%s on %s\n", report["model"].get<std::string>().c_str(),
               report["device"].get<std::string>().c_str());
-  std::printf("%-14s %-8s %12s %12s %10s\n", "size", "mode", "step median", "step best",
-              "sparsity");
   for (const auto& row : report["sizes"]) {
-    const std::string size = std::to_string(row["width"].get<int>()) + "x" +
-                             std::to_string(row["height"].get<int>()) + "x" +
-                             std::to_string(row["frames"].get<int>());
-    for (const auto& step : row["steps"]) {
-      std::printf("%-14s %-8s %10.3f s %10.3f s %9.1f%%\n", size.c_str(),
+    std::printf("%dx%dx%d\n", row["width"].get<int>(), row["height"].get<int>(),
+                row["frames"].get<int>());
+    for (const char* part : {"text", "forward", "decode"}) {
+      if (!row.contains(part)) continue;
+      const auto& one = row[part];
+      std::printf(
+          "  %-8s median %9.4f s  best %9.4f s  %8.2f TFLOP/s  load %7.2f s  peak %8.1f MiB", part,
+          one["median_seconds"].get<double>(), one["best_seconds"].get<double>(),
+          one["tflops"].get<double>(), one["load_seconds"].get<double>(),
+          one["peak_bytes"].get<double>() / kMiB);
+      if (one.contains("predicted_bytes")) {
+        std::printf(", predicted %8.1f", one["predicted_bytes"].get<double>() / kMiB);
+      }
+      std::printf("\n");
+    }
+    for (const auto& step : row.value("steps", nlohmann::json::array())) {
+      std::printf("  step %-6s median %6.3f s  best %6.3f s  sparsity %5.1f%%\n",
                   step["attention"].get<std::string>().c_str(),
                   step["median_seconds"].get<double>(), step["best_seconds"].get<double>(),
                   100 * step["sparsity"].get<double>());
     }
-    if (row.contains("decode_seconds")) {
-      std::printf("%-14s %-8s %10.3f s\n", size.c_str(), "decode",
-                  row["decode_seconds"].get<double>());
+    if (row.contains("clip")) {
+      const auto& clip = row["clip"];
+      std::printf(
+          "  clip     %d steps, %s: %.2f s = text %.3f + denoise %.2f + decode %.2f + other %.3f; "
+          "first frames after %.2f s; peak %.1f MiB, predicted %.1f\n",
+          clip["steps"].get<int>(), clip["attention"].get<std::string>().c_str(),
+          clip["total_seconds"].get<double>(), clip["begin_seconds"].get<double>(),
+          clip["denoise_seconds"].get<double>(), clip["decode_seconds"].get<double>(),
+          clip["unexplained_seconds"].get<double>(), clip["first_frames_seconds"].get<double>(),
+          clip["peak_bytes"].get<double>() / kMiB, clip["predicted_bytes"].get<double>() / kMiB);
     }
   }
 }
 
-void Run(const Options& options) {
-  const auto start = std::chrono::steady_clock::now();
-  PipelineOptions pipeline_options;
-  pipeline_options.device = ParseDevice(options.device);
-  pipeline_options.dtype = options.dtype;
-  pipeline_options.cpu_threads = options.threads;
-  const auto pipeline = LoadPipeline(options.model, pipeline_options);
-  nlohmann::json report = {{"model", pipeline->info().name},
-                           {"device", pipeline->device_description()},
-                           {"load_seconds", Seconds(start)}};
-
+std::vector<Size> Sizes(const Options& options) {
   std::vector<Size> sizes;
   for (const std::string& text : options.sizes) sizes.push_back(ParseSize(text));
-  const ClipSpec& defaults = pipeline->info().defaults;
-  if (sizes.empty()) sizes.push_back({defaults.width, defaults.height, defaults.num_frames});
-  for (const Size& size : sizes) report["sizes"].push_back(BenchSize(*pipeline, options, size));
+  if (sizes.empty()) {
+    const ClipDefaults defaults = LoadModelConfig(options.model).defaults;
+    sizes.push_back({defaults.width, defaults.height, defaults.num_frames});
+  }
+  return sizes;
+}
 
+void Run(const Options& options) {
+  const std::vector<Size> sizes = Sizes(options);
+  const PipelineOptions pipeline_options = {.device = ParseDevice(options.device),
+                                            .dtype = options.dtype,
+                                            .cpu_threads = options.threads};
+  nlohmann::json report = {{"model", options.model},
+                           {"device", MakeBackend(pipeline_options.device)->Describe()},
+                           {"dtype", options.dtype}};
+  for (const Size& size : sizes) {
+    nlohmann::json row = {{"width", size.width}, {"height", size.height}, {"frames", size.frames}};
+    row.update(BenchNetworks(options, size));
+    report["sizes"].push_back(row);
+  }
+  // The networks alone are gone by now: the pipeline has the device to itself.
+  if (options.parts.contains("step") || options.parts.contains("clip")) {
+    const auto start = std::chrono::steady_clock::now();
+    const auto pipeline = LoadPipeline(options.model, pipeline_options);
+    report["load_seconds"] = Seconds(start);
+    for (std::size_t i = 0; i < sizes.size(); ++i) {
+      nlohmann::json& row = report["sizes"][i];
+      if (options.parts.contains("clip")) row["clip"] = BenchClip(*pipeline, options, sizes[i]);
+      if (options.parts.contains("step")) row["steps"] = BenchSteps(*pipeline, options, sizes[i]);
+    }
+  }
   if (options.json) {
     std::cout << report.dump(2) << "\n";
   } else {
@@ -173,15 +264,18 @@ void Run(const Options& options) {
 
 int main(int argc, char** argv) {
   slalom::Options options;
-  CLI::App app("Times a pipeline's denoising steps and decoding.");
+  CLI::App app("Times a model's networks, denoising steps and whole clips.");
   app.add_option("--model", options.model, "model folder")->capture_default_str();
   app.add_option("--device", options.device, "cpu, cuda or cuda:N")->capture_default_str();
   app.add_option("--dtype", options.dtype, "auto, f32 or bf16")->capture_default_str();
   app.add_option("--sizes", options.sizes, "WxHxF, several with commas")->delimiter(',');
-  app.add_option("--steps", options.steps, "steps that are counted")->check(CLI::Range(1, 100));
+  app.add_option("--parts", options.parts, "of forward, text, decode, step, clip; default: all")
+      ->delimiter(',')
+      ->check(CLI::IsMember({"forward", "text", "decode", "step", "clip"}));
+  app.add_option("--repeats", options.repeats, "runs that are counted")->check(CLI::Range(1, 99));
+  app.add_option("--clip-steps", options.clip_steps, "denoising steps of a whole clip, 0: default");
   app.add_option("--threads", options.threads, "CPU threads, 0: all");
   app.add_option("--topk", options.topk, "instead of the adapter's");
-  app.add_flag("!--no-decode", options.decode, "do not decode");
   app.add_flag("--json", options.json, "JSON instead of a table");
   CLI11_PARSE(app, argc, argv);
   try {

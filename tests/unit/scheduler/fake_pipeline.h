@@ -59,6 +59,7 @@ struct FakeOptions {
   int frames_per_decode = 4;                 // the first call gives 1, as a causal VAE does
   int max_batch = 1;
   ClipCost cost;  // what Estimate says
+  MemoryStats memory;
   std::shared_ptr<FakeJournal> journal = std::make_shared<FakeJournal>();
 };
 
@@ -79,6 +80,7 @@ class FakePipeline : public Pipeline {
   const ModelInfo& info() const override { return info_; }
   Device device() const override { return options_.device; }
   std::string device_description() const override { return "a fake device"; }
+  MemoryStats Memory() const override { return options_.memory; }
   ClipSpec Resolve(const ClipRequest& request) const override;
   ClipCost Estimate(const ClipSpec& spec) const override { return options_.cost; }
   std::unique_ptr<Generation> Begin(const ClipSpec& spec) const override;

@@ -77,5 +77,21 @@ TEST(MetricsTest, BusySecondsFollowTheScheduler) {
   EXPECT_EQ(samples[R"(slalom_queue_depth{priority="high"})"], 3);
 }
 
+TEST(MetricsTest, DevicesTellTheirMemory) {
+  Metrics metrics;
+  SchedulerStats stats;
+  stats.devices.push_back({.device = "cuda:0",
+                           .memory = {.bytes_in_use = 30,
+                                      .bytes_reserved = 40,
+                                      .bytes_peak = 35,
+                                      .bytes_total = 100}});
+  auto samples = ParsePrometheus(metrics.Text(&stats));
+  EXPECT_EQ(samples[R"(slalom_device_memory_bytes{device="cuda:0",kind="in_use"})"], 30);
+  EXPECT_EQ(samples[R"(slalom_device_memory_bytes{device="cuda:0",kind="reserved"})"], 40);
+  EXPECT_EQ(samples[R"(slalom_device_memory_bytes{device="cuda:0",kind="peak"})"], 35);
+  EXPECT_EQ(samples[R"(slalom_device_memory_bytes{device="cuda:0",kind="total"})"], 100);
+  EXPECT_GT(samples[R"(slalom_device_memory_bytes{device="host",kind="resident"})"], 0);
+}
+
 }  // namespace
 }  // namespace slalom
