@@ -77,14 +77,22 @@ std::shared_ptr<std::byte> Arena::Allocate(std::size_t bytes) {
                                                      " in use");
     }
   }
-  in_use_ += size;
+  // Counted as asked for, up to the alignment: what a shape needs, whichever block happens to
+  // serve.
+  const std::size_t counted =
+      std::max((bytes + kAlignment - 1) / kAlignment * kAlignment, kAlignment);
+  in_use_ += counted;
+  slack_ += size - counted;
   peak_ = std::max(peak_, in_use_);
-  return {block, [self = shared_from_this(), size](std::byte* p) { self->Return(p, size); }};
+  return {block, [self = shared_from_this(), size, counted](std::byte* p) {
+            self->Return(p, size, counted);
+          }};
 }
 
-void Arena::Return(std::byte* block, std::size_t size) {
+void Arena::Return(std::byte* block, std::size_t size, std::size_t counted) {
   const std::lock_guard lock(mutex_);
-  in_use_ -= size;
+  in_use_ -= counted;
+  slack_ -= size - counted;
   cached_ += size;
   free_.emplace(size, block);
 }
@@ -98,7 +106,7 @@ void Arena::ReleaseCache() {
 MemoryStats Arena::Stats() const {
   const std::lock_guard lock(mutex_);
   return {.bytes_in_use = in_use_,
-          .bytes_reserved = in_use_ + cached_,
+          .bytes_reserved = in_use_ + slack_ + cached_,
           .bytes_peak = peak_,
           .bytes_total = total_};
 }

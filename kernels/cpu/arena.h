@@ -28,13 +28,14 @@ class Arena : public std::enable_shared_from_this<Arena> {
 
  private:
   Arena();
-  void Return(std::byte* block, std::size_t size);
+  void Return(std::byte* block, std::size_t size, std::size_t counted);
   void ReleaseCache();  // needs mutex_
 
   const std::size_t total_;
   mutable std::mutex mutex_;
   std::multimap<std::size_t, std::byte*> free_;
-  std::size_t in_use_ = 0;
+  std::size_t in_use_ = 0;  // as asked for
+  std::size_t slack_ = 0;   // what the blocks in use have beside
   std::size_t cached_ = 0;
   std::size_t peak_ = 0;
 };

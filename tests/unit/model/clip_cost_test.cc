@@ -39,16 +39,23 @@ TEST(RateMeter, FollowsWhatItSees) {
   EXPECT_NEAR(meter.SecondsFor(1e9), 1.0, 1e-3);
 }
 
-class ClipCostTest : public testing::TestWithParam<AttentionKind> {};
+struct Case {
+  AttentionKind kind;
+  int heads;
+  int ffn_dim;
+};
+class ClipCostTest : public testing::TestWithParam<Case> {};
 
 // What a step really takes stays within what was predicted, and the prediction is not idle.
 TEST_P(ClipCostTest, PredictsAStepsMemory) {
   TempFolder folder;
   TinyModelOptions options;
   options.head_dim = 64;
+  options.heads = GetParam().heads;
+  options.ffn_dim = GetParam().ffn_dim;
   WriteTinyModel(folder.path(), options);
   const ModelConfig config = LoadModelConfig(folder.path());
-  const auto backend = MakeBackend(Device{}, {.force_f32 = true});
+  const auto backend = MakeBackend(Device{}, {.cpu_threads = 2, .force_f32 = true});
   const Transformer transformer(
       *backend, Weights::Open(folder / "transformer", "diffusion_pytorch_model"),
       config.transformer, LoadAdapters(folder.path(), config.transformer), DType::kF32);
@@ -57,7 +64,7 @@ TEST_P(ClipCostTest, PredictsAStepsMemory) {
   spec.height = 192;
   spec.num_frames = 9;
   spec.guidance_scale = 3.0;
-  spec.attention = GetParam();
+  spec.attention = GetParam().kind;
   const ClipShape shape = ShapeOf(config, spec);
   ASSERT_EQ(shape.latent(), (Shape{16, 3, 24, 32}));
 
@@ -90,14 +97,17 @@ TEST_P(ClipCostTest, PredictsAStepsMemory) {
                                  .velocity = backend->Allocate(batch, DType::kF32)});
   const auto peak = static_cast<double>(backend->Memory().bytes_peak - idle - waiting);
   const auto predicted = static_cast<double>(StepBytes(config, spec, DType::kF32));
-  // The arena rounds sizes up by an eighth at most.
-  EXPECT_LE(peak, 1.125 * predicted);
-  EXPECT_GE(peak, 0.4 * predicted);
+  EXPECT_LE(peak, 1.05 * predicted);
+  // SALAD's prediction has its linear branch in it, which this adapter lacks.
+  EXPECT_GE(peak, (spec.attention == AttentionKind::kSalad ? 0.7 : 0.95) * predicted);
 }
 
-INSTANTIATE_TEST_SUITE_P(Kinds, ClipCostTest,
-                         testing::Values(AttentionKind::kDense, AttentionKind::kSla,
-                                         AttentionKind::kSalad));
+// A tiny model, and the proportions of a small one that people use.
+INSTANTIATE_TEST_SUITE_P(
+    Kinds, ClipCostTest,
+    testing::Values(Case{AttentionKind::kDense, 2, 96}, Case{AttentionKind::kSla, 2, 96},
+                    Case{AttentionKind::kSalad, 2, 96}, Case{AttentionKind::kDense, 6, 1536},
+                    Case{AttentionKind::kSla, 6, 1536}, Case{AttentionKind::kSalad, 6, 1536}));
 
 }  // namespace
 }  // namespace slalom
