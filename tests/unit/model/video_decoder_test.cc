@@ -108,9 +108,9 @@ TEST_F(VideoDecoderTest, PredictsItsMemory) {
   decoder_->Decode(*backend_, latents.Slice(1, 2), state);
   const std::size_t held = backend_->Memory().bytes_in_use - before;
   const std::size_t predicted = decoder_->StateBytes(kHeight, kWidth);
-  // The arena rounds sizes up, which shows at this scale.
-  EXPECT_GE(held, predicted);
-  EXPECT_LT(held, predicted + predicted / 4 + 32 * 1024);
+  // An upsampler in time looks back at one frame only by now: its first piece passed it by.
+  EXPECT_LE(held, predicted);
+  EXPECT_GE(held, predicted - predicted / 20);
 
   backend_->ResetPeak();
   decoder_->Decode(*backend_, latents.Slice(2, 3), state);
