@@ -10,6 +10,7 @@
 
 #include "google/rpc/error_details.pb.h"
 #include "google/rpc/status.pb.h"
+#include "kernels/core/error.h"
 #include "slalom/v1/video_generation.grpc.pb.h"
 
 namespace slalom::client {
@@ -40,26 +41,7 @@ CallError::CallError(int code, const std::string& message, std::optional<double>
 CallError::CallError(int code, const std::string& message, std::string advice)
     : std::runtime_error(message), code_(code), advice_(std::move(advice)) {}
 
-const char* CallError::code_name() const {
-  static constexpr const char* kNames[] = {"OK",
-                                           "CANCELLED",
-                                           "UNKNOWN",
-                                           "INVALID_ARGUMENT",
-                                           "DEADLINE_EXCEEDED",
-                                           "NOT_FOUND",
-                                           "ALREADY_EXISTS",
-                                           "PERMISSION_DENIED",
-                                           "RESOURCE_EXHAUSTED",
-                                           "FAILED_PRECONDITION",
-                                           "ABORTED",
-                                           "OUT_OF_RANGE",
-                                           "UNIMPLEMENTED",
-                                           "INTERNAL",
-                                           "UNAVAILABLE",
-                                           "DATA_LOSS",
-                                           "UNAUTHENTICATED"};
-  return code_ >= 0 && code_ < static_cast<int>(std::size(kNames)) ? kNames[code_] : "UNKNOWN";
-}
+const char* CallError::code_name() const { return ErrorCodeName(static_cast<ErrorCode>(code_)); }
 
 std::string CallError::advice() const {
   if (!advice_.empty()) return advice_;
