@@ -2,52 +2,58 @@
 # Builds kernels/ alone on a machine with a GPU, checks it from the simplest fact upwards, and times it.
 #
 #   tests/bench/kernels_on_gpu.sh [RESULT_DIR]                     # 8 minutes at most
+#   tests/bench/kernels_on_gpu.sh RESULT_DIR build                 # nothing but the build
+#   tests/bench/kernels_on_gpu.sh RESULT_DIR rungs GLOB            # rungs of the ladder with such names, no times
+#   tests/bench/kernels_on_gpu.sh RESULT_DIR times 'PART PART'     # no rungs, these parts of kernels_bench
 #   tests/bench/kernels_on_gpu.sh RESULT_DIR sanitize              # memcheck and racecheck over the tests
 #   tests/bench/kernels_on_gpu.sh RESULT_DIR where PROGRAM FILTER  # where a test hangs, by cuda-gdb
 #
 # Each rung of the ladder is a process of its own with a short limit, so that a fault or a hang hides
 # nothing else; the first rung that fails says where to look. The table comes last and fits a screen;
-# RESULT_DIR gets table.txt, bench.txt and logs.tar.gz.
+# RESULT_DIR gets table.txt, bench.txt and logs.tar.gz. SKIP_BUILD=1 takes what an earlier run has built.
 # Needs nvcc, CMake and GoogleTest; where GoogleTest is not installed, its sources may lie in
 # build/googletest. PyTorch, if python3 has it, is timed beside.
 set -uo pipefail
 cd "$(dirname "$0")/../.." || exit 1
-results=${1:-build/kernels-gpu-results}
+results=$(realpath -m "${1:-build/kernels-gpu-results}")
 mode=${2:-ladder}
 build=build/kernels-gpu
-logs=$build/logs
+logs=$results/logs
 limit=${LIMIT_SECONDS:-470}
 mkdir -p "$results" "$logs"
 left() { echo $((limit - SECONDS)); }
 
 # --- build ---
-generator=(); command -v ninja >/dev/null && generator=(-G Ninja)
-prefix=()
-if [ -d build/googletest ]; then
-  { cmake -S build/googletest -B build/googletest-build "${generator[@]}" -DCMAKE_BUILD_TYPE=Release \
-      -DBUILD_GMOCK=OFF -DCMAKE_INSTALL_PREFIX="$PWD/build/googletest-prefix" &&
-      cmake --build build/googletest-build --target install -j "$(nproc)"; } >"$logs/gtest.log" 2>&1 ||
-    { tail -30 "$logs/gtest.log"; exit 1; }
-  prefix=(-DCMAKE_PREFIX_PATH="$PWD/build/googletest-prefix")
-fi
-# cuBLASLt may come with a Python wheel instead of the toolkit.
-toolkit=$(dirname "$(dirname "$(readlink -f "$(command -v nvcc)")")")
-options=()
-if ! find -L "$toolkit" -name cublasLt.h 2>/dev/null | grep -q .; then
-  header=$(find / -name cublasLt.h -not -path '/proc/*' 2>/dev/null | head -1)
-  binary=$(find / -name 'libcublasLt.so*' -not -path '/proc/*' 2>/dev/null | head -1)
-  options+=(-DSLALOM_CUBLASLT_INCLUDE="$(dirname "$header")" -DSLALOM_CUBLASLT="$binary")
-fi
-# One architecture takes half the time of all.
-if [ "$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -1)" = 9.0 ]; then
-  options+=(-DSLALOM_CUDA_ARCHITECTURES=90a-real)
-fi
-cmake -S . -B "$build" "${generator[@]}" -DCMAKE_BUILD_TYPE=Release -DSLALOM_CUDA=ON \
-  -DSLALOM_KERNELS_ONLY=ON -DCMAKE_CUDA_FLAGS=-lineinfo "${prefix[@]}" "${options[@]}" \
-  >"$logs/configure.log" 2>&1 || { tail -30 "$logs/configure.log"; exit 1; }
-cmake --build "$build" -j "$(nproc)" >"$logs/build.log" 2>&1 ||
-  { grep -E "error|FAILED|undefined" -A5 "$logs/build.log" | cut -c1-300 | head -60; exit 1; }
-echo "built after $SECONDS s"
+build() {
+  local generator=() prefix=() options=() toolkit header binary
+  command -v ninja >/dev/null && generator=(-G Ninja)
+  if [ -d build/googletest ]; then
+    { cmake -S build/googletest -B build/googletest-build "${generator[@]}" -DCMAKE_BUILD_TYPE=Release \
+        -DBUILD_GMOCK=OFF -DCMAKE_INSTALL_PREFIX="$PWD/build/googletest-prefix" &&
+        cmake --build build/googletest-build --target install -j "$(nproc)"; } >"$logs/gtest.log" 2>&1 ||
+      { tail -30 "$logs/gtest.log"; exit 1; }
+    prefix=(-DCMAKE_PREFIX_PATH="$PWD/build/googletest-prefix")
+  fi
+  # cuBLASLt may come with a Python wheel instead of the toolkit.
+  toolkit=$(dirname "$(dirname "$(readlink -f "$(command -v nvcc)")")")
+  if ! find -L "$toolkit" -name cublasLt.h 2>/dev/null | grep -q .; then
+    header=$(find / -name cublasLt.h -not -path '/proc/*' 2>/dev/null | head -1)
+    binary=$(find / -name 'libcublasLt.so*' -not -path '/proc/*' 2>/dev/null | head -1)
+    options+=(-DSLALOM_CUBLASLT_INCLUDE="$(dirname "$header")" -DSLALOM_CUBLASLT="$binary")
+  fi
+  # One architecture takes half the time of all.
+  if [ "$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -1)" = 9.0 ]; then
+    options+=(-DSLALOM_CUDA_ARCHITECTURES=90a-real)
+  fi
+  cmake -S . -B "$build" "${generator[@]}" -DCMAKE_BUILD_TYPE=Release -DSLALOM_CUDA=ON \
+    -DSLALOM_KERNELS_ONLY=ON -DCMAKE_CUDA_FLAGS=-lineinfo "${prefix[@]}" "${options[@]}" \
+    >"$logs/configure.log" 2>&1 || { tail -30 "$logs/configure.log"; exit 1; }
+  cmake --build "$build" -j "$(nproc)" >"$logs/build.log" 2>&1 ||
+    { grep -E "error|FAILED|undefined" -A5 "$logs/build.log" | cut -c1-300 | head -60; exit 1; }
+  echo "built after $SECONDS s"
+}
+[ "${SKIP_BUILD:-0}" = 1 ] || build
+[ "$mode" = build ] && exit 0
 program() { find "$build/tests" -name "$1" -type f -perm -u+x | head -1; }
 
 # --- other modes ---
@@ -57,7 +63,7 @@ sanitize() {  # TOOL PROGRAM FILTER
   echo "$1 $2 $3: exit $?, $(grep -E 'ERROR SUMMARY|RACECHECK SUMMARY' "$logs/$1-$2.log" | tail -1)"
   grep -E '=========' "$logs/$1-$2.log" | head -8 | cut -c1-200
 }
-finish() { tar -czf "$results/logs.tar.gz" -C "$build" logs; }
+finish() { tar -czf "$results/logs.tar.gz" -C "$results" logs; rm -rf "$logs"; }
 trap finish EXIT
 if [ "$mode" = sanitize ]; then
   for tool in memcheck racecheck; do
@@ -77,7 +83,12 @@ fi
 # --- the ladder ---
 : >"$results/table.txt"
 : >"$logs/failures.txt"
+names='*'; parts='copy norm linear conv mma.sync products hopper sparse sla'
+[ "$mode" = rungs ] && names=$3 parts=''
+[ "$mode" = times ] && names='' parts=$3
 rung() {  # NAME PROGRAM FILTER SECONDS
+  # shellcheck disable=SC2053
+  [[ $1 == $names ]] || return
   local log="$logs/$1.log" start=$SECONDS status verdict
   if [ "$(left)" -lt "$4" ]; then
     printf '%-27s not run: no time left\n' "$1" >>"$results/table.txt"
@@ -130,7 +141,7 @@ echo "checked after $SECONDS s" >>"$results/table.txt"
 
 # --- times ---
 : >"$results/bench.txt"
-for part in copy norm linear conv mma.sync products hopper sparse sla; do
+for part in $parts; do
   [ "$(left)" -gt 15 ] || { echo "$part: no time left" >>"$results/bench.txt"; continue; }
   timeout -k 5 "$(($(left) < 45 ? $(left) - 6 : 45))" "$build/tests/bench/kernels_bench" --filter "$part" \
     --json "$logs/bench-$part.json" >"$logs/bench-$part.log" 2>&1
@@ -138,7 +149,7 @@ for part in copy norm linear conv mma.sync products hopper sparse sla; do
   tail -n +2 "$logs/bench-$part.log" | cut -c1-110 >>"$results/bench.txt"
   [ $status -eq 0 ] || echo "$part: exit $status, $(tail -1 "$logs/bench-$part.log" | cut -c1-150)" >>"$results/bench.txt"
 done
-if [ "$(left)" -gt 40 ] && python3 -c "import torch; assert torch.cuda.is_available()" 2>/dev/null; then
+if [ "$mode" != rungs ] && [ "$(left)" -gt 40 ] && python3 -c "import torch; assert torch.cuda.is_available()" 2>/dev/null; then
   timeout -k 5 "$(($(left) - 10))" python3 tests/bench/peer_attention.py >"$logs/peers.log" 2>&1
   tail -25 "$logs/peers.log" | cut -c1-110 >>"$results/bench.txt"
 fi
