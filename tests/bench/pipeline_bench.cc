@@ -171,7 +171,7 @@ nlohmann::json BenchNetworks(const Options& options, const Size& size) {
                                        .width = size.width,
                                        .height = size.height,
                                        .num_frames = size.frames};
-  nlohmann::json row;
+  nlohmann::json row = nlohmann::json::object();
   if (options.parts.contains("text")) row["text"] = BenchTextEncoder(network);
   if (options.parts.contains("forward")) row["forward"] = BenchForward(network);
   if (options.parts.contains("decode")) row["decode"] = BenchDecoder(network);
