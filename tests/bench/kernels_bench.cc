@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "kernels/core/error.h"
+#include "kernels/cuda/attention/linear_branch.h"
 #include "kernels/cuda/attention/problem.h"
 #include "kernels/cuda/cuda_backend.h"
 
@@ -179,17 +180,59 @@ void BenchSparse(Bench& bench, int block_q, double topk, LinearScope scope, bool
   bench.Flops(name, 4.0 * kTokens * pairs * kWidth, [&] { backend.SlaAttention(args); });
 }
 
-void BenchLinear(Bench& bench, std::int64_t n, std::int64_t k, Activation activation, bool gate,
+// The linear branch alone, every head at once. Bytes: Q, K, V and out once.
+void BenchLinearBranch(Bench& bench, LinearScope scope, int block_q, cuda::Feature feature,
+                       const std::string& name) {
+  if (!bench.Wanted(name)) return;
+  const Shape shape{1, kTokens, kHeads, kHeadSize};
+  cuda::LinearBranchArgs args;
+  args.q = bench.Random(shape, kBF16);
+  args.k = bench.Random(shape, kBF16);
+  args.v = bench.Random(shape, kBF16);
+  args.out = bench.Empty(shape, kBF16);
+  args.feature = feature;
+  args.scope = scope;
+  BlockMapArgs map_args{.q = args.q, .k = args.k};
+  map_args.options.block_q = block_q;
+  const BlockMap map = bench.backend().MakeBlockMap(map_args);
+  args.map = &map;
+  if (feature == cuda::Feature::kRotatedRelu) {
+    args.cos = bench.Random({kTokens, kHeadSize / 2}, kF32);
+    args.sin = bench.Random({kTokens, kHeadSize / 2}, kF32);
+  } else {
+    args.proj_weight = bench.Random({kHeadSize, kHeadSize}, kF32);
+    args.proj_bias = bench.Random({kHeadSize}, kF32);
+    args.accumulate = true;
+    bench.backend().Zero(args.out);
+  }
+  bench.Bytes(name, 4.0 * args.q.NumBytes(),
+              [&] { cuda::LinearBranch(bench.backend().context(), args); });
+}
+
+void BenchMassKept(Bench& bench) {
+  const std::string name = "sla softmax mass kept, 64 rows a head";
+  if (!bench.Wanted(name)) return;
+  const Shape shape{1, kTokens, kHeads, kHeadSize};
+  const Tensor q = bench.Random(shape, kBF16), k = bench.Random(shape, kBF16);
+  const Tensor out = bench.Empty({1}, kF32);
+  Backend& backend = bench.backend();
+  const BlockMap map = backend.MakeBlockMap({.q = q, .k = k});
+  bench.Bytes(name, q.NumBytes(), [&] { backend.AttentionMassKept(q, k, 0.088f, map, 64, out); });
+}
+
+enum class Extras { kNone, kBias, kGate };  // kGate: bias, gate and an f32 residual
+
+void BenchLinear(Bench& bench, std::int64_t n, std::int64_t k, Activation activation, Extras extras,
                  const std::string& name) {
   if (!bench.Wanted(name)) return;
-  const DType out_type = gate ? kF32 : kBF16;
+  const DType out_type = extras == Extras::kGate ? kF32 : kBF16;
   LinearArgs args;
   args.x = bench.Random({kTokens, k}, kBF16);
   args.weight = bench.Random({n, k}, kBF16, 0.02f);
-  args.bias = bench.Random({n}, kF32);
+  if (extras != Extras::kNone) args.bias = bench.Random({n}, kF32);
   args.activation = activation;
   args.out = bench.Empty({kTokens, n}, out_type);
-  if (gate) {
+  if (extras == Extras::kGate) {
     args.residual = args.out;
     args.gate = bench.Random({1, n}, kF32, 0.0f);
     bench.backend().Zero(args.out);
@@ -197,7 +240,20 @@ void BenchLinear(Bench& bench, std::int64_t n, std::int64_t k, Activation activa
   bench.Flops(name, 2.0 * kTokens * n * k, [&] { bench.backend().Linear(args); });
 }
 
+void BenchLinears(Bench& bench) {
+  const Activation none = Activation::kNone, gelu = Activation::kGeluTanh;
+  BenchLinear(bench, kWidth, kWidth, none, Extras::kNone, "linear 1536x1536 plain");
+  BenchLinear(bench, kWidth, kWidth, none, Extras::kBias, "linear 1536x1536 bias");
+  BenchLinear(bench, kWidth, kWidth, none, Extras::kGate, "linear 1536x1536 gate + residual");
+  BenchLinear(bench, kHidden, kWidth, none, Extras::kNone, "linear 8960x1536 plain");
+  BenchLinear(bench, kHidden, kWidth, gelu, Extras::kBias, "linear 8960x1536 gelu");
+  BenchLinear(bench, kWidth, kHidden, none, Extras::kNone, "linear 1536x8960 plain");
+  BenchLinear(bench, kWidth, kHidden, none, Extras::kBias, "linear 1536x8960 bias");
+  BenchLinear(bench, kWidth, kHidden, none, Extras::kGate, "linear 1536x8960 gate + residual");
+}
+
 void BenchRows(Bench& bench) {
+  if (!bench.Wanted("copy 800 MB") && !bench.Wanted("norm")) return;
   Backend& backend = bench.backend();
   const Tensor x = bench.Random({1, kTokens, kWidth}, kBF16);
   const Tensor stream = bench.Random({1, kTokens, kWidth}, kF32);
@@ -210,7 +266,11 @@ void BenchRows(Bench& bench) {
   bench.Bytes("layer norm + modulation, f32 to bf16", 3 * half, [&] {
     backend.LayerNorm({.x = stream, .scale = scale, .shift = shift, .out = out});
   });
+  bench.Bytes("layer norm + modulation, bf16", 2 * half,
+              [&] { backend.LayerNorm({.x = x, .scale = scale, .shift = shift, .out = out}); });
   const Tensor weight = bench.Random({kWidth}, kF32);
+  bench.Bytes("rms norm, bf16", 2 * half,
+              [&] { backend.RmsNorm({.x = x, .weight = weight, .out = out.Reshape(x.shape())}); });
   const Tensor cos = bench.Random({kTokens, 64}, kF32), sin = bench.Random({kTokens, 64}, kF32);
   bench.Bytes("q/k norm + rope", 2 * half + 2.0 * cos.NumBytes(), [&] {
     backend.QkNormRope({.x = x,
@@ -254,16 +314,19 @@ void BenchDecoder(Bench& bench) {
 
 void RunAll(Bench& bench) {
   BenchRows(bench);
-  BenchLinear(bench, kWidth, kWidth, Activation::kNone, false, "linear 1536x1536 bias");
-  BenchLinear(bench, kHidden, kWidth, Activation::kGeluTanh, false, "linear 8960x1536 gelu");
-  BenchLinear(bench, kWidth, kHidden, Activation::kNone, false, "linear 1536x8960 bias");
-  BenchLinear(bench, kWidth, kHidden, Activation::kNone, true, "linear 1536x8960 gate + residual");
+  BenchLinears(bench);
   BenchDecoder(bench);
   BenchAttention(bench);
   BenchSparse(bench, 128, 0.05, LinearScope::kAll, false, "sparse 0.05 128x64");
   BenchSparse(bench, 64, 0.05, LinearScope::kAll, false, "sparse 0.05 64x64");
   BenchSparse(bench, 128, 0.05, LinearScope::kAll, true, "sla 0.05 128x64 all");
   BenchSparse(bench, 64, 0.05, LinearScope::kMarginal, true, "sla 0.05 64x64 marginal");
+  using cuda::Feature;
+  BenchLinearBranch(bench, LinearScope::kAll, 128, Feature::kSoftmax, "sla branch alone, all");
+  BenchLinearBranch(bench, LinearScope::kMarginal, 64, Feature::kSoftmax,
+                    "sla branch alone, marginal 64x64");
+  BenchLinearBranch(bench, LinearScope::kAll, 64, Feature::kRotatedRelu, "salad branch alone");
+  BenchMassKept(bench);
 }
 
 int Main(int argc, char** argv) {
