@@ -135,6 +135,7 @@ rung conv-hopper       $conv 'ConvKernels.Hopper' 40
 rung conv-operation    $operations '*FramesTest.Conv*' 40
 rung dense             $operations '*AttentionTest.Dense*' 60
 rung maps              $operations '*AttentionTest.Map*:*Window*:*Count*:*MassKept*' 40
+rung linear-branch     $attention 'LinearBranchKernels.*' 40
 rung sla               $operations '*AttentionTest.Sla*' 60
 rung salad             $operations '*AttentionTest.Salad*' 40
 echo "checked after $SECONDS s" >>"$results/table.txt"

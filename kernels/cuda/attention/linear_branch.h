@@ -1,5 +1,5 @@
 // The linear branch of SLA and SALAD: sums of feature(K)^T V over key blocks, applied to
-// feature(Q). Plain f32 arithmetic; chunks of a (sample, head) at a time bound its memory.
+// feature(Q). Two ways: tensor cores, and plain f32 arithmetic for what those do not take.
 #pragma once
 
 #include "kernels/attention.h"
@@ -26,7 +26,11 @@ struct LinearBranchArgs {
   Tensor out;                     // [B, L, H, D] T
 };
 
-// D is a multiple of 8 up to 384.
+// D is a multiple of 8 up to 384. Chooses the way.
 void LinearBranch(const Context& context, const LinearBranchArgs& args);
+
+// bf16 with D 64 or 128, 16-byte aligned, and for scopes other than kAll blocks in multiples of 64.
+bool TensorCoreLinearBranchFits(const LinearBranchArgs& args);
+void TensorCoreLinearBranch(const Context& context, const LinearBranchArgs& args);
 
 }  // namespace slalom::cuda
