@@ -171,8 +171,11 @@ Tensor VideoDecoder::Decode(Backend& backend, const Tensor& latents, DecoderStat
 
 Tensor VideoDecoder::ToDecoderLayout(Backend& backend, const Tensor& latent,
                                      bool normalised) const {
-  Tensor host = Tensor::Host(latent.shape(), DType::kF32);
-  backend.Copy(latent, host);
+  Tensor host = latent;
+  if (!latent.device().is_cpu()) {
+    host = Tensor::Host(latent.shape(), DType::kF32);
+    backend.Copy(latent, host);
+  }
   const std::int64_t channels = latent.dim(0);
   const std::int64_t positions = latent.NumElements() / channels;
   Tensor out = Tensor::Host({latent.dim(1), latent.dim(2), latent.dim(3), channels}, DType::kF32);
