@@ -46,7 +46,7 @@ std::unique_ptr<Pipeline> LoadPipeline(const std::string& folder, const Pipeline
       LoadAdapters(folder, model.config.transformer), model.dtype);
   model.decoder = std::make_unique<VideoDecoder>(backend, open("vae", kDiffusersStem),
                                                  model.config.vae, model.dtype);
-  return std::make_unique<WanPipeline>(std::move(model), options.max_batch);
+  return std::make_unique<WanPipeline>(std::move(model), options);
 }
 
 }  // namespace slalom

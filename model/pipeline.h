@@ -82,6 +82,11 @@ struct ClipCost {
   std::size_t waiting_bytes = 0;  // device memory while it waits between steps
   std::size_t step_bytes = 0;     // more, while it is stepped
   std::size_t decode_bytes = 0;   // more, from the first DecodeNext to the last
+  // Arithmetic operations: the same on every device and at any time, so that measured seconds of
+  // one clip say something about another. 0: unknown.
+  double begin_work = 0;
+  double step_work = 0;
+  double decode_work = 0;
 };
 
 struct ClipStatistics {
@@ -99,6 +104,14 @@ struct ClipStatistics {
     for (double value : layer_sparsity) sum += value;
     return layer_sparsity.empty() ? 0.0 : sum / static_cast<double>(layer_sparsity.size());
   }
+};
+
+// What a cache has done since the start, and what it holds.
+struct CacheStats {
+  std::int64_t hits = 0;
+  std::int64_t misses = 0;
+  std::size_t entries = 0;
+  std::size_t bytes = 0;
 };
 
 // Some decoded frames.
@@ -137,6 +150,8 @@ class Pipeline {
   // What this pipeline holds of its device; the peak counts from the end of loading. Pipelines of
   // one device each have their own share of it, all the same total. Thread-safe.
   virtual MemoryStats Memory() const = 0;
+  // Embeddings of prompts that are kept for the next clip with the same one. Thread-safe.
+  virtual CacheStats PromptCacheUse() const = 0;
   // Thread-safe.
   virtual ClipCost Estimate(const ClipSpec& spec) const = 0;
 
@@ -145,6 +160,13 @@ class Pipeline {
 
   // Tokenises and encodes the prompts, draws the noise.
   virtual std::unique_ptr<Generation> Begin(const ClipSpec& spec) const = 0;
+  // A checkpoint: what Restore needs to go on, in this process or another one, to the same video
+  // bit for bit. For a clip whose decoding has not begun, or begins anew.
+  virtual std::vector<std::byte> Save(const Generation& generation) const = 0;
+  // Instead of Begin. `spec` is that of the clip that was saved. Throws Error(kDataLoss) when the
+  // bytes are damaged or of another model or clip: Begin still works then.
+  virtual std::unique_ptr<Generation> Restore(const ClipSpec& spec,
+                                              std::span<const std::byte> checkpoint) const = 0;
   // One denoising step for each. All have equal batch keys; they may stand at different steps. A
   // clip's result does not depend on who shares its batch. If one clip's latent turns non-finite,
   // its failure is returned and the others go on. If the call throws, generations whose step()
@@ -167,7 +189,8 @@ struct PipelineOptions {
   Device device;
   std::string dtype = "auto";  // auto | f32 | bf16
   int cpu_threads = 0;
-  int max_batch = 0;  // 0: what memory and shapes allow
+  int max_batch = 0;                                       // 0: what memory and shapes allow
+  std::size_t prompt_cache_bytes = std::size_t{64} << 20;  // host memory for prompts' embeddings
 };
 
 // Loads a model folder in the diffusers layout. Throws Error: kNotFound when the folder or a file

@@ -163,6 +163,13 @@ void Sampler::Release() {
   sample_ = Tensor();
 }
 
+void Sampler::GoOn(History history) {
+  step_ = history.step;
+  estimate_ = std::move(history.estimate);
+  previous_estimate_ = std::move(history.previous_estimate);
+  sample_ = std::move(history.sample);
+}
+
 // alpha and lambda come from the fp32 sigma, in fp32, as in the references: near sigma = 1 a
 // different rounding of 1 - sigma would move lambda visibly.
 double Sampler::Alpha(int i) const { return 1.0f - schedule_.sigmas[static_cast<std::size_t>(i)]; }

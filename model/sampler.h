@@ -71,6 +71,17 @@ class Sampler {
   // Drops the history that only further steps would need.
   void Release();
 
+  // All that the walk depends on beside its schedule. A new sampler with the same schedule that is
+  // given it by GoOn takes the same steps from there.
+  struct History {
+    int step = 0;
+    Tensor estimate;
+    Tensor previous_estimate;
+    Tensor sample;
+  };
+  History history() const { return {step_, estimate_, previous_estimate_, sample_}; }
+  void GoOn(History history);
+
  private:
   Tensor Correct(Backend& backend, const Tensor& latent, const Tensor& estimate) const;
   Tensor Predict(Backend& backend, const Tensor& sample, const Tensor& estimate) const;

@@ -8,6 +8,7 @@
 
 #include "kernels/core/error.h"
 #include "kernels/core/random.h"
+#include "model/checkpoint.h"
 #include "model/clip_request.h"
 #include "model/guidance.h"
 #include "model/prompt_cleaning.h"
@@ -107,17 +108,18 @@ std::string BatchKey(const ClipShape& shape, const ClipSpec& spec) {
 
 }  // namespace
 
-WanPipeline::WanPipeline(WanModel model, int max_batch)
+WanPipeline::WanPipeline(WanModel model, const PipelineOptions& options)
     : model_(std::move(model)),
       info_(Describe(model_)),
       description_(model_.backend->Describe()),
-      max_batch_(max_batch),
+      max_batch_(options.max_batch),
       preview_(PreviewMap::Fit(*model_.backend, *model_.decoder)),
       text_rate_(MeasureRate(*model_.backend, model_.dtype)),
       step_rates_{RateMeter(1.0 / text_rate_.SecondsFor(1.0)),
                   RateMeter(1.0 / text_rate_.SecondsFor(1.0)),
                   RateMeter(1.0 / text_rate_.SecondsFor(1.0))},
-      decode_rate_(1.0 / text_rate_.SecondsFor(1.0)) {
+      decode_rate_(1.0 / text_rate_.SecondsFor(1.0)),
+      prompt_cache_(options.prompt_cache_bytes) {
   const MemoryStats memory = model_.backend->Memory();
   weight_bytes_ = memory.bytes_in_use;
   device_bytes_ = memory.bytes_total;
@@ -160,10 +162,12 @@ ClipCost WanPipeline::Estimate(const ClipSpec& spec) const {
   }
   const VideoDecoder& decoder = *model_.decoder;
   ClipCost cost;
-  cost.begin_seconds = text_rate_.SecondsFor(text_flops);
-  cost.step_seconds = StepRate(spec.attention).SecondsFor(StepFlops(spec));
-  cost.decode_seconds =
-      decode_rate_.SecondsFor(decoder.Flops(shape.frames, shape.height, shape.width));
+  cost.begin_work = text_flops;
+  cost.step_work = StepFlops(spec);
+  cost.decode_work = decoder.Flops(shape.frames, shape.height, shape.width);
+  cost.begin_seconds = text_rate_.SecondsFor(cost.begin_work);
+  cost.step_seconds = StepRate(spec.attention).SecondsFor(cost.step_work);
+  cost.decode_seconds = decode_rate_.SecondsFor(cost.decode_work);
   cost.waiting_bytes = WaitingBytes(model_.config, spec, model_.dtype);
   cost.step_bytes = StepBytes(model_.config, spec, model_.dtype);
   cost.decode_bytes =
@@ -188,24 +192,41 @@ int WanPipeline::MaxBatch(const ClipSpec& spec) const {
 
 // --- on the worker's thread ---
 
-std::shared_ptr<const TextContext> WanPipeline::EncodeText(const std::string& prompt,
-                                                           ClipStatistics& stats) const {
+Tensor WanPipeline::Embed(const std::string& prompt, ClipStatistics& stats) const {
+  Backend& backend = *model_.backend;
+  const std::string cleaned = CleanPrompt(prompt);
+  if (const Tensor kept = prompt_cache_.Find(cleaned); kept.defined()) {
+    Tensor embeddings = backend.Allocate(kept.shape(), kept.dtype());
+    backend.Copy(kept, embeddings);
+    return embeddings;
+  }
   auto start = SteadyClock::now();
-  const TokenIds tokens =
-      model_.tokenizer->Encode(CleanPrompt(prompt), model_.config.transformer.text_len);
+  const TokenIds tokens = model_.tokenizer->Encode(cleaned, model_.config.transformer.text_len);
   stats.tokenize_seconds += SecondsSince(start);
 
   start = SteadyClock::now();
-  Backend& backend = *model_.backend;
   const std::span<const std::int32_t> ids(tokens.ids.data(),
                                           static_cast<std::size_t>(tokens.length));
   const Tensor embeddings = model_.text_encoder->Forward(backend, ids);
+  Tensor kept = Tensor::Host(embeddings.shape(), embeddings.dtype());
+  backend.Copy(embeddings, kept);
+  backend.Synchronize();
+  text_rate_.Add(TextFlops(model_.config, tokens.length), SecondsSince(start));
+  prompt_cache_.Insert(cleaned, kept);
+  return embeddings;
+}
+
+std::shared_ptr<const TextContext> WanPipeline::EncodeText(const std::string& prompt,
+                                                           ClipStatistics& stats) const {
+  const auto start = SteadyClock::now();
+  const double tokenized_before = stats.tokenize_seconds;
+  Backend& backend = *model_.backend;
+  const Tensor embeddings = Embed(prompt, stats);
   auto context =
       std::make_shared<const TextContext>(model_.transformer->PrepareText(backend, embeddings));
   backend.Synchronize();
-  const double seconds = SecondsSince(start);
-  stats.text_encode_seconds += seconds;
-  text_rate_.Add(TextFlops(model_.config, tokens.length), seconds);
+  const double tokenize_seconds = stats.tokenize_seconds - tokenized_before;
+  stats.text_encode_seconds += SecondsSince(start) - tokenize_seconds;
   return context;
 }
 
@@ -233,23 +254,57 @@ Tensor WanPipeline::Noise(const WanGeneration& clip, std::uint64_t stream, float
   return noise;
 }
 
-std::unique_ptr<Generation> WanPipeline::Begin(const ClipSpec& spec) const {
+std::unique_ptr<WanGeneration> WanPipeline::MakeClip(const ClipSpec& spec) const {
   auto clip = std::make_unique<WanGeneration>();
   clip->clip = spec;
   clip->shape = ShapeOf(model_.config, spec);
   clip->key = BatchKey(clip->shape, spec);
   clip->attention = model_.transformer->Setting(spec.attention, spec.topk);
-  clip->rope = Angles(clip->shape.grid);
-  clip->text = EncodeText(spec.prompt, clip->stats);
-  if (SamplesPerStep(spec) > 1) {
-    if (cached_text_ == nullptr || cached_prompt_ != spec.negative_prompt) {
-      cached_text_ = EncodeText(spec.negative_prompt, clip->stats);
-      cached_prompt_ = spec.negative_prompt;
-    }
-    clip->negative_text = cached_text_;
-  }
   clip->sampler = Sampler(spec.sampler, MakeSchedule(spec.sampler, spec.steps, spec.flow_shift));
+  return clip;
+}
+
+void WanPipeline::PrepareDenoising(WanGeneration& clip) const {
+  clip.rope = Angles(clip.shape.grid);
+  clip.text = EncodeText(clip.clip.prompt, clip.stats);
+  if (SamplesPerStep(clip.clip) == 1) return;
+  const std::string& negative_prompt = clip.clip.negative_prompt;
+  if (cached_text_ == nullptr || cached_prompt_ != negative_prompt) {
+    cached_text_ = EncodeText(negative_prompt, clip.stats);
+    cached_prompt_ = negative_prompt;
+  }
+  clip.negative_text = cached_text_;
+}
+
+std::unique_ptr<Generation> WanPipeline::Begin(const ClipSpec& spec) const {
+  auto clip = MakeClip(spec);
+  PrepareDenoising(*clip);
   clip->latent = Noise(*clip, kStartStream, clip->sampler.initial_scale());
+  model_.backend->Synchronize();
+  return clip;
+}
+
+std::string WanPipeline::Identity() const {
+  return info_.name + "/" + std::to_string(info_.parameters) + "/" +
+         std::to_string(static_cast<int>(model_.dtype)) + "/" +
+         std::to_string(static_cast<int>(device().kind));
+}
+
+std::vector<std::byte> WanPipeline::Save(const Generation& generation) const {
+  const auto* clip = dynamic_cast<const WanGeneration*>(&generation);
+  if (clip == nullptr) throw Error(ErrorCode::kInternal, "a generation of another pipeline");
+  return SaveClip(*model_.backend, Identity(), *clip);
+}
+
+std::unique_ptr<Generation> WanPipeline::Restore(const ClipSpec& spec,
+                                                 std::span<const std::byte> checkpoint) const {
+  auto clip = MakeClip(spec);
+  RestoreClip(*model_.backend, Identity(), checkpoint, *clip);
+  if (clip->denoised()) {
+    clip->ReleaseDenoising();
+  } else {
+    PrepareDenoising(*clip);
+  }
   model_.backend->Synchronize();
   return clip;
 }

@@ -13,6 +13,7 @@
 #include "model/config.h"
 #include "model/pipeline.h"
 #include "model/preview.h"
+#include "model/prompt_cache.h"
 #include "model/text_encoder.h"
 #include "model/tokenizer.h"
 #include "model/transformer.h"
@@ -40,15 +41,19 @@ struct WanModel {
 class WanPipeline : public Pipeline {
  public:
   // Measures the device for the first estimates and fits the preview: some device work.
-  WanPipeline(WanModel model, int max_batch);
+  WanPipeline(WanModel model, const PipelineOptions& options);
 
   const ModelInfo& info() const override { return info_; }
   Device device() const override { return model_.backend->device(); }
   std::string device_description() const override { return description_; }
   MemoryStats Memory() const override { return model_.backend->Memory(); }
+  CacheStats PromptCacheUse() const override { return prompt_cache_.stats(); }
   ClipSpec Resolve(const ClipRequest& request) const override;
   ClipCost Estimate(const ClipSpec& spec) const override;
   std::unique_ptr<Generation> Begin(const ClipSpec& spec) const override;
+  std::vector<std::byte> Save(const Generation& generation) const override;
+  std::unique_ptr<Generation> Restore(const ClipSpec& spec,
+                                      std::span<const std::byte> checkpoint) const override;
   std::vector<StepFailure> DenoiseStep(std::span<Generation* const> batch) const override;
   int MaxBatch(const ClipSpec& spec) const override;
   FrameBatch DecodeNext(Generation& generation) const override;
@@ -70,6 +75,12 @@ class WanPipeline : public Pipeline {
   };
   using Observer = std::function<void(int layer, const Tensor& x)>;
 
+  // A clip without its latent, and without what only steps need.
+  std::unique_ptr<WanGeneration> MakeClip(const ClipSpec& spec) const;
+  void PrepareDenoising(WanGeneration& clip) const;
+  // The model's name and what else decides the bits of a step, for checkpoints.
+  std::string Identity() const;
+  Tensor Embed(const std::string& prompt, ClipStatistics& stats) const;  // [n, text_dim] T
   std::shared_ptr<const TextContext> EncodeText(const std::string& prompt,
                                                 ClipStatistics& stats) const;
   std::shared_ptr<const RopeTables> Angles(const TokenGrid& grid) const;
@@ -99,6 +110,7 @@ class WanPipeline : public Pipeline {
   mutable RateMeter text_rate_;
   mutable std::array<RateMeter, 3> step_rates_;  // by AttentionKind
   mutable RateMeter decode_rate_;
+  mutable PromptCache prompt_cache_;
   // The worker's: most clips share their negative prompt, and clips of one size their angles.
   mutable std::string cached_prompt_;
   mutable std::shared_ptr<const TextContext> cached_text_;

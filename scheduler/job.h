@@ -2,11 +2,13 @@
 #pragma once
 
 #include <chrono>
+#include <cstddef>
 #include <cstdint>
 #include <functional>
 #include <memory>
 #include <optional>
 #include <string>
+#include <vector>
 
 #include "kernels/core/error.h"
 #include "kernels/core/tensor.h"
@@ -74,13 +76,16 @@ struct JobStatus {
 
 class JobHandle;
 
+// A begun clip as Pipeline::Save gives it.
+using Checkpoint = std::shared_ptr<const std::vector<std::byte>>;
+
 // Where a job's output goes: one client's bounded queues. The scheduler keeps it alive until OnDone
 // has returned. Calls for one job never overlap, come in the order OnAccepted, (OnProgress |
-// OnPreview | OnFrames)*, OnDone, and must not block: they run on the thread that drives the
-// device. They may call JobHandle::Cancel and Wake and Scheduler's const methods.
+// OnPreview | OnFrames | OnCheckpoint)*, OnDone, and must not block: they run on the thread that
+// drives the device. They may call JobHandle::Cancel and Wake and Scheduler's const methods.
 //
-// OnProgress, OnPreview and OnFrames may throw Error (an encoder that fails, a full disk): the job
-// then fails with that error and other jobs go on.
+// OnProgress, OnPreview, OnFrames and OnCheckpoint may throw Error (an encoder that fails, a full
+// disk): the job then fails with that error and other jobs go on.
 class JobSink {
  public:
   virtual ~JobSink() = default;
@@ -91,6 +96,8 @@ class JobSink {
   virtual void OnProgress(const Progress& progress) = 0;
   virtual void OnPreview(const Tensor& image) = 0;  // host [h, w, 3] u8 RGB
   virtual void OnFrames(const FrameBatch& frames) = 0;
+  // Where the job could go on from if the process ended now. Only for jobs that ask for it.
+  virtual void OnCheckpoint(const Checkpoint&) {}
   // The last call, exactly once for every accepted job, whatever happened to it. The job holds no
   // device memory any more.
   virtual void OnDone(const JobResult& result) noexcept = 0;
@@ -109,6 +116,14 @@ struct JobRequest {
   std::string tenant;
   std::optional<SchedulerClock::time_point> deadline;
   int preview_every = 0;  // denoising steps between previews; 0: none
+  // Accepted once, by an earlier process: neither a full queue nor the estimate for its deadline
+  // refuses it now.
+  bool readmitted = false;
+  // Where to go on from; a damaged one is as good as none. Null: from the start.
+  Checkpoint checkpoint;
+  // Seconds of its denoising between two checkpoints; there is one more after the last step. 0:
+  // none.
+  double checkpoint_seconds = 0;
   std::shared_ptr<JobSink> sink;
 };
 

@@ -91,7 +91,7 @@ void JobTable::CheckRoom(const JobRequest& request, const ClipCost& cost) const 
   const auto queued = std::count_if(live_.begin(), live_.end(), [](const JobPtr& job) {
     return job->state == JobState::kQueued;
   });
-  if (queued >= options_.max_queue) {
+  if (queued >= options_.max_queue && !request.readmitted) {
     throw Error(ErrorCode::kResourceExhausted, "the queue is full: " + std::to_string(queued) +
                                                    " jobs wait, at most " +
                                                    std::to_string(options_.max_queue) + " may");
@@ -103,6 +103,7 @@ JobPtr JobTable::Insert(JobRequest request, const ClipCost& cost) {
   job->submitted = Clock::now();
   job->submitted_at = std::chrono::system_clock::now();
   job->request = std::move(request);
+  job->checkpoint = std::move(job->request.checkpoint);
   if (job->request.id.empty()) job->request.id = MakeId();
   job->likely_key = LikelyKey(job->request.model, job->request.spec);
   job->view.priority = job->request.priority;
@@ -115,7 +116,7 @@ JobPtr JobTable::Insert(JobRequest request, const ClipCost& cost) {
   CheckRoom(job->request, cost);
   job->view.sequence = next_sequence_++;
   job->devices = WorkersFor(job->request.model);
-  if (const auto& deadline = job->request.deadline) {
+  if (const auto& deadline = job->request.deadline; deadline && !job->request.readmitted) {
     const double left = std::max(0.0, Seconds(*deadline - job->submitted));
     const double own = Policy::RemainingSeconds(job->view);
     const double needed = EtaSeconds(*job, CountAhead(*job));
@@ -366,6 +367,7 @@ Progress JobTable::ReportBegun(const JobPtr& job, int max_batch) {
   job->batch_key = job->request.model + "/" + job->generation->batch_key();
   job->view.batch_key = job->batch_key;
   job->view.max_batch = max_batch;
+  job->view.steps_left = job->request.spec.steps - job->generation->step();
   const bool denoised = job->generation->denoised();
   job->view.phase = denoised ? JobView::Phase::kDenoised : JobView::Phase::kStepping;
   job->state = JobState::kDenoising;

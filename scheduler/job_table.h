@@ -51,6 +51,8 @@ struct Job {
   // The owner's alone.
   std::unique_ptr<Generation> generation;  // dropped before OnDone
   JobResult result;                        // the timings, as they grow
+  Checkpoint checkpoint;                   // the newest; what Begin goes on from
+  double unsaved_seconds = 0;              // of denoising since then
 };
 
 using JobPtr = std::shared_ptr<Job>;

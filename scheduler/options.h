@@ -39,6 +39,7 @@ struct DeviceStats {
   int in_flight = 0;
   double busy_seconds = 0;  // in pipeline calls, since the start
   MemoryStats memory;       // of its pipelines together
+  CacheStats prompt_cache;  // likewise
 };
 
 struct SchedulerStats {

@@ -128,6 +128,7 @@ SchedulerStats Scheduler::Stats() const {
   // The table counts its workers in the order in which they were made.
   for (std::size_t i = 0; i < workers_.size(); ++i) {
     stats.devices[i].memory = workers_[i]->Memory();
+    stats.devices[i].prompt_cache = workers_[i]->PromptCacheUse();
   }
   return stats;
 }

@@ -34,6 +34,18 @@ std::vector<std::string> Names(const std::vector<std::unique_ptr<Pipeline>>& pip
   return names;
 }
 
+// A checkpoint that is damaged costs the steps that it stood for, not the job.
+std::unique_ptr<Generation> BeginOrGoOn(const Pipeline& pipeline, const Job& job) {
+  if (job.checkpoint) {
+    try {
+      return pipeline.Restore(job.request.spec, *job.checkpoint);
+    } catch (const Error& error) {
+      if (error.code() != ErrorCode::kDataLoss) throw;
+    }
+  }
+  return pipeline.Begin(job.request.spec);
+}
+
 }  // namespace
 
 Worker::Worker(std::vector<std::unique_ptr<Pipeline>> pipelines, const SchedulerOptions& options,
@@ -68,6 +80,18 @@ MemoryStats Worker::Memory() const {
     sum.bytes_reserved += one.bytes_reserved;
     sum.bytes_peak += one.bytes_peak;
     sum.bytes_total = std::max(sum.bytes_total, one.bytes_total);
+  }
+  return sum;
+}
+
+CacheStats Worker::PromptCacheUse() const {
+  CacheStats sum;
+  for (const auto& pipeline : pipelines_) {
+    const CacheStats one = pipeline->PromptCacheUse();
+    sum.hits += one.hits;
+    sum.misses += one.misses;
+    sum.entries += one.entries;
+    sum.bytes += one.bytes;
   }
   return sum;
 }
@@ -126,7 +150,7 @@ void Worker::Begin(const JobPtr& job) {
   const Pipeline& pipeline = *Find(job->request.model);
   int max_batch = 1;
   const Outcome outcome = OnDevice([&] {
-    job->generation = pipeline.Begin(job->request.spec);
+    job->generation = BeginOrGoOn(pipeline, *job);
     max_batch = pipeline.MaxBatch(job->request.spec);
   });
   job->result.begin_seconds = outcome.seconds;
@@ -173,6 +197,7 @@ void Worker::Denoise(const std::vector<JobPtr>& jobs) {
 void Worker::Stepped(const JobPtr& job, double share) {
   const Progress progress = table_->ReportStep(job, share);
   if (!Tell(job, [&](JobSink& sink) { sink.OnProgress(progress); })) return;
+  if (!MakeCheckpoint(job, share)) return;
 
   const int every = job->request.preview_every;
   if (every <= 0 || progress.step % every != 0 || progress.step == progress.steps) return;
@@ -181,6 +206,29 @@ void Worker::Stepped(const JobPtr& job, double share) {
       OnDevice([&] { image = Find(job->request.model)->Preview(*job->generation); });
   if (outcome.error) return Failed(job, *outcome.error);
   Tell(job, [&](JobSink& sink) { sink.OnPreview(image); });
+}
+
+// Where one is due. False when the job has ended over it. One that cannot be made is not worth the
+// job: the last one still stands.
+bool Worker::MakeCheckpoint(const JobPtr& job, double share) {
+  if (job->request.checkpoint_seconds <= 0) return true;
+  job->unsaved_seconds += share;
+  if (!job->generation->denoised() && job->unsaved_seconds < job->request.checkpoint_seconds) {
+    return true;
+  }
+  Checkpoint checkpoint;
+  const Outcome outcome = OnDevice([&] {
+    checkpoint = std::make_shared<const std::vector<std::byte>>(
+        Find(job->request.model)->Save(*job->generation));
+  });
+  if (DeviceLost(outcome.error)) {
+    LoseDevice(*outcome.error);
+    return false;
+  }
+  if (outcome.error) return true;
+  job->checkpoint = checkpoint;
+  job->unsaved_seconds = 0;
+  return Tell(job, [&](JobSink& sink) { sink.OnCheckpoint(checkpoint); });
 }
 
 void Worker::Decode(const JobPtr& job) {

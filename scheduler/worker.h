@@ -31,6 +31,7 @@ class Worker {
   const Pipeline* Find(const std::string& model) const;
   // Of all its pipelines. Thread-safe.
   MemoryStats Memory() const;
+  CacheStats PromptCacheUse() const;
 
  private:
   struct Outcome {
@@ -42,6 +43,7 @@ class Worker {
   void Begin(const JobPtr& job);
   void Denoise(const std::vector<JobPtr>& jobs);
   void Stepped(const JobPtr& job, double share);
+  bool MakeCheckpoint(const JobPtr& job, double share);
   void Decode(const JobPtr& job);
   void End(const JobPtr& job, const std::optional<Error>& error);
   void Failed(const JobPtr& job, const Error& error);

@@ -277,7 +277,7 @@ TEST_F(PipelineTest, ATrainedAdapterIsUsed) {
 }
 
 TEST_F(PipelineTest, StatisticsAndEstimates) {
-  const ClipSpec spec = pipeline_->Resolve(Request("a red ball", 3));
+  const ClipSpec spec = pipeline_->Resolve(Request("a clip that is measured", 3));
   const auto clip = pipeline_->Begin(spec);
   while (!clip->denoised()) Step({clip.get()});
   Decode(*clip);

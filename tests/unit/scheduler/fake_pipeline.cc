@@ -234,6 +234,29 @@ std::unique_ptr<Generation> FakePipeline::Begin(const ClipSpec& spec) const {
   return std::make_unique<FakeGeneration>(spec, options_.journal);
 }
 
+// A fake checkpoint is the step's number, then the prompt.
+std::vector<std::byte> FakePipeline::Save(const Generation& generation) const {
+  const Visit visit(*this);
+  options_.journal->Write("save " + generation.spec().prompt);
+  const std::string text = std::to_string(generation.step()) + " " + generation.spec().prompt;
+  const auto bytes = std::as_bytes(std::span(text));
+  return {bytes.begin(), bytes.end()};
+}
+
+std::unique_ptr<Generation> FakePipeline::Restore(const ClipSpec& spec,
+                                                  std::span<const std::byte> checkpoint) const {
+  const Visit visit(*this);
+  options_.journal->Write("restore " + spec.prompt);
+  std::string text(reinterpret_cast<const char*>(checkpoint.data()), checkpoint.size());
+  const auto space = text.find(' ');
+  if (space == std::string::npos || text.substr(space + 1) != spec.prompt) {
+    throw Error(ErrorCode::kDataLoss, "a damaged checkpoint");
+  }
+  auto generation = std::make_unique<FakeGeneration>(spec, options_.journal);
+  generation->step_ = std::stoi(text);
+  return generation;
+}
+
 std::vector<Pipeline::StepFailure> FakePipeline::DenoiseStep(
     std::span<Generation* const> batch) const {
   const Visit visit(*this);

@@ -18,7 +18,8 @@ namespace slalom {
 // What the fake's pipelines did, in order, and a brake on them. Outlives them; thread-safe.
 class FakeJournal {
  public:
-  // One line per call: "begin PROMPT", "step PROMPT[+PROMPT...]", "decode PROMPT".
+  // One line per call: "begin PROMPT", "step PROMPT[+PROMPT...]", "decode PROMPT", "save PROMPT",
+  // "restore PROMPT".
   std::vector<std::string> lines() const;
   std::size_t CountStartingWith(const std::string& prefix) const;
 
@@ -81,9 +82,13 @@ class FakePipeline : public Pipeline {
   Device device() const override { return options_.device; }
   std::string device_description() const override { return "a fake device"; }
   MemoryStats Memory() const override { return options_.memory; }
+  CacheStats PromptCacheUse() const override { return {}; }
   ClipSpec Resolve(const ClipRequest& request) const override;
   ClipCost Estimate(const ClipSpec& spec) const override { return options_.cost; }
   std::unique_ptr<Generation> Begin(const ClipSpec& spec) const override;
+  std::vector<std::byte> Save(const Generation& generation) const override;
+  std::unique_ptr<Generation> Restore(const ClipSpec& spec,
+                                      std::span<const std::byte> checkpoint) const override;
   std::vector<StepFailure> DenoiseStep(std::span<Generation* const> batch) const override;
   int MaxBatch(const ClipSpec& spec) const override { return options_.max_batch; }
   FrameBatch DecodeNext(Generation& generation) const override;
