@@ -97,7 +97,8 @@ struct ConvProblem {
 };
 
 enum class ConvKernel {
-  kHopper,      // TMA and wgmma, sm_90: channels in multiples of 96, no doubling
+  kHopper,      // TMA and wgmma, sm_90: channels in multiples of 96, or few channels_out;
+                // kernels of at most 3 x 3 in a frame
   kTensorCore,  // mma.sync: channels_in in multiples of 8
   kSimple,      // anything
 };

@@ -1,9 +1,8 @@
-// Convolution for Hopper: a producer warp brings, for each tap and 96 channels, a patch of pixels
-// and the weights by TMA, which also pads with zeros at the edges of a frame; two warpgroups
-// multiply them with wgmma. A tile lies in one frame, so taps in front of the history are left out
-// whole.
-#include <algorithm>
-
+// Convolution for Hopper. For each frame and group of channels a producer brings the pixels of a
+// patch and of its surroundings by TMA, which also pads with zeros at the edges of a frame; all
+// taps of that frame then read the same copy, each from its own start. Another producer brings the
+// weights tap by tap; two warpgroups multiply with wgmma. A tile lies in one frame, so taps in
+// front of the history are left out whole.
 #include "kernels/cuda/attention/online_softmax.cuh"
 #include "kernels/cuda/check.h"
 #include "kernels/cuda/conv.h"
@@ -22,127 +21,214 @@ using namespace hopper;
 constexpr int kWarpgroup = 128;
 constexpr int kConsumers = 2;
 constexpr int kThreads = (kConsumers + 1) * kWarpgroup;
-constexpr int kPanel = 32;  // channels per box: 64 bytes
-constexpr int kPanels = 3;
-constexpr int kDepth = kPanel * kPanels;  // channels per stage
-constexpr int kStages = 3;
-constexpr int kConsumerRegisters = 240;
-constexpr int kProducerRegisters = 24;
+constexpr int kPatchWidth = 8;  // pixels
+constexpr int kMaxTaps = 3;     // of a line or column of the kernel
+constexpr int kPatchStages = 2;
+constexpr int kConsumerRegisters = 232;
+constexpr int kProducerRegisters = 40;
 
-// kFragments blocks of 64 pixels per consumer, times kChannels output channels.
-template <int kChannelCount, int kFragmentCount>
+// Output channels, a multiple of 96 or at most 8; fragments of 8 lines of 8 pixels per consumer;
+// and input channels per stage, in panels that are a row of the swizzle.
+template <int kChannelCount, int kFragmentCount, int kPanelCount, int kPanelWidth>
 struct Tiling {
   static constexpr int kChannels = kChannelCount;
   static constexpr int kFragments = kFragmentCount;
-  static constexpr int kPixels = kConsumers * kFragments * 64;
-  static constexpr std::uint32_t kStageBytes = (kPixels + kChannels) * kDepth * 2;
+  static constexpr int kPatchHeight = kConsumers * kFragments * 8;
+  static constexpr int kPanels = kPanelCount;
+  static constexpr int kPanel = kPanelWidth;
+  static constexpr int kDepth = kPanels * kPanel;
+  static constexpr int kWeightStages = kChannels == 8 ? 16 : 5;
+  static constexpr std::uint32_t kRowBytes = kPanel * 2;
+  static constexpr std::uint32_t kWeightBytes = kChannels * kDepth * 2;
+  // A patch with its surroundings, to a multiple of the swizzle's 1024 bytes.
+  static constexpr int kPatchRows =
+      ((kPatchWidth + kMaxTaps - 1) * (kPatchHeight + kMaxTaps - 1) + 15) / 16 * 16;
 };
 
 template <class Tile>
 struct alignas(1024) SharedStorage {
-  bf16 pixels[kStages][kPanels][Tile::kPixels][kPanel];
-  bf16 weights[kStages][kPanels][Tile::kChannels][kPanel];
-  std::uint64_t full[kStages], empty[kStages];
+  bf16 pixels[kPatchStages][Tile::kPanels][Tile::kPatchRows][Tile::kPanel];
+  bf16 weights[Tile::kWeightStages][Tile::kPanels][Tile::kChannels][Tile::kPanel];
+  std::uint64_t patch_full[kPatchStages], patch_empty[kPatchStages];
+  std::uint64_t weight_full[Tile::kWeightStages], weight_empty[Tile::kWeightStages];
 };
 
 struct Parameters {
   ConvShape shape;
-  int patch_height, patch_width;  // their product is a tile's pixels
   int patches_per_line;
   const float* bias;
   const bf16* residual;
   bf16* out;
 };
 
-// A tile's place: frame, the patch's upper left pixel, first output channel.
+// A tile's place: frame, the patch's upper left pixel in x, first output channel. With doubling a
+// tile computes every second pixel of every second line, one of four `phases`: these read their
+// pixels from x as if nothing was doubled, and only the taps' places differ.
 struct Place {
-  int frame, y, x, channel;
+  int frame, y, x, channel, phase_y, phase_x;
 
   template <class Tile>
   __device__ static Place OfBlock(const Parameters& p) {
-    const int patch = blockIdx.y;
-    return {static_cast<int>(blockIdx.z), patch / p.patches_per_line * p.patch_height,
-            patch % p.patches_per_line * p.patch_width,
-            static_cast<int>(blockIdx.x) * Tile::kChannels};
+    const int doubling = p.shape.doubling;
+    const int patch = blockIdx.y >> 2 * doubling;
+    return {static_cast<int>(blockIdx.z),
+            patch / p.patches_per_line * Tile::kPatchHeight,
+            patch % p.patches_per_line * kPatchWidth,
+            static_cast<int>(blockIdx.x) * Tile::kChannels,
+            static_cast<int>(blockIdx.y) >> 1 & doubling,
+            static_cast<int>(blockIdx.y) & doubling};
   }
   // The first dt whose frame exists, in x or in the history.
   __device__ int FirstTap(const ConvShape& shape) const {
     return max(0, shape.kt - 1 - frame - shape.history);
   }
-  __device__ int Stages(const ConvShape& shape) const {
-    return (shape.kt - FirstTap(shape)) * shape.kh * shape.kw * (shape.channels_in / kDepth);
+  // The row of a patch at which a tap's pixels begin.
+  __device__ int FirstRow(const ConvShape& shape, int dy, int dx) const {
+    const int line = ((phase_y + dy - shape.kh / 2) >> shape.doubling) + shape.kh / 2;
+    const int column = ((phase_x + dx - shape.kw / 2) >> shape.doubling) + shape.kw / 2;
+    return line * (kPatchWidth + shape.kw - 1) + column;
   }
 };
 
 template <class Tile>
-__device__ void Produce(const CUtensorMap* x_map, const CUtensorMap* history_map,
-                        const CUtensorMap* weight_map, SharedStorage<Tile>& shared,
-                        const Parameters& p, const Place& place) {
+__device__ void ProducePatches(const CUtensorMap* x_map, const CUtensorMap* history_map,
+                               SharedStorage<Tile>& shared, const Parameters& p,
+                               const Place& place) {
   const ConvShape& shape = p.shape;
-  ConvTap tap;
-  tap.dt = place.FirstTap(shape);
-  Ring<kStages> ring;
-  for (; tap.dt < shape.kt; tap.Advance(shape, kDepth), ring.Next()) {
-    const int frame = place.frame + tap.dt - (shape.kt - 1);
+  const std::uint32_t bytes = (kPatchWidth + shape.kw - 1) * (Tile::kPatchHeight + shape.kh - 1) *
+                              Tile::kPanels * Tile::kRowBytes;
+  Ring<kPatchStages> ring;
+  for (int dt = place.FirstTap(shape); dt < shape.kt; ++dt) {
+    const int frame = place.frame + dt - (shape.kt - 1);
     const CUtensorMap* map = frame >= 0 ? x_map : history_map;
-    const int row = ((tap.dt * shape.kh + tap.dy) * shape.kw + tap.dx) * shape.channels_in;
-    BarrierWait(&shared.empty[ring.stage], ring.parity ^ 1);
-    BarrierExpect(&shared.full[ring.stage], Tile::kStageBytes);
+    for (int channel = 0; channel < shape.channels_in; channel += Tile::kDepth, ring.Next()) {
+      BarrierWait(&shared.patch_empty[ring.stage], ring.parity ^ 1);
+      BarrierExpect(&shared.patch_full[ring.stage], bytes);
 #pragma unroll
-    for (int panel = 0; panel < kPanels; ++panel) {
-      const int channel = tap.channel + panel * kPanel;
-      CopyBox(map, &shared.full[ring.stage], shared.pixels[ring.stage][panel], channel,
-              place.x + tap.dx - shape.kw / 2, place.y + tap.dy - shape.kh / 2,
-              frame >= 0 ? frame : frame + shape.history);
-      CopyBox(weight_map, &shared.full[ring.stage], shared.weights[ring.stage][panel],
-              row + channel, place.channel, 0, 0);
+      for (int panel = 0; panel < Tile::kPanels; ++panel) {
+        CopyBox(map, &shared.patch_full[ring.stage], shared.pixels[ring.stage][panel],
+                channel + panel * Tile::kPanel, place.x - shape.kw / 2, place.y - shape.kh / 2,
+                frame >= 0 ? frame : frame + shape.history);
+      }
     }
   }
 }
 
 template <class Tile>
-__device__ void Multiply(float (&sums)[Tile::kChannels / 2], std::uint64_t pixels,
-                         std::uint64_t weights, bool accumulate) {
-  if constexpr (Tile::kChannels == 192) {
-    Wgmma64x192<false>(sums, pixels, weights, accumulate);
-  } else {
-    Wgmma64x96<false>(sums, pixels, weights, accumulate);
+__device__ void ProduceWeights(const CUtensorMap* weight_map, SharedStorage<Tile>& shared,
+                               const Parameters& p, const Place& place) {
+  const ConvShape& shape = p.shape;
+  const int taps = shape.kh * shape.kw;
+  Ring<Tile::kWeightStages> ring;
+  for (int dt = place.FirstTap(shape); dt < shape.kt; ++dt) {
+    for (int channel = 0; channel < shape.channels_in; channel += Tile::kDepth) {
+      for (int tap = 0; tap < taps; ++tap, ring.Next()) {
+        BarrierWait(&shared.weight_empty[ring.stage], ring.parity ^ 1);
+        BarrierExpect(&shared.weight_full[ring.stage], Tile::kWeightBytes);
+        const int depth = (dt * taps + tap) * shape.channels_in + channel;
+#pragma unroll
+        for (int panel = 0; panel < Tile::kPanels; ++panel) {
+          CopyBox(weight_map, &shared.weight_full[ring.stage], shared.weights[ring.stage][panel],
+                  depth + panel * Tile::kPanel, place.channel, 0, 0);
+        }
+      }
+    }
   }
 }
 
+// One consumer warpgroup at work on its fragments.
 template <class Tile>
-__device__ void Consume(SharedStorage<Tile>& shared, int group, int stages,
-                        float (&sums)[Tile::kFragments][Tile::kChannels / 2]) {
-  Ring<kStages> ring;
-  Ring<kStages> released;  // one stage behind: its products are finished
-  for (int i = 0; i < stages; ++i, ring.Next()) {
-    BarrierWait(&shared.full[ring.stage], ring.parity);
+struct Consumer {
+  SharedStorage<Tile>& shared;
+  int group;
+  Ring<kPatchStages> patch_ring;
+  Ring<Tile::kWeightStages> weight_ring;
+  float (&sums)[Tile::kFragments][Tile::kChannels / 2];
+
+  // Adds one tap's product, from `row` of the patch and `line_rows` per line; committed, not
+  // waited for.
+  __device__ void StartTap(int row, int line_rows, bool accumulate) {
 #pragma unroll
     for (int f = 0; f < Tile::kFragments; ++f) HoldRegisters(sums[f]);
     WgmmaFence();
 #pragma unroll
-    for (int step = 0; step < kDepth / 16; ++step) {
-      const int panel = step / 2;
-      const std::uint32_t column_bytes = step % 2 * 32;
-      const std::uint64_t weights =
-          NarrowSwizzledTile(SharedAddress(shared.weights[ring.stage][panel]) + column_bytes);
+    for (int step = 0; step < Tile::kDepth / 16; ++step) {
+      const int panel = step / (Tile::kPanel / 16);
+      const std::uint32_t column_bytes = step % (Tile::kPanel / 16) * 32;
+      const std::uint64_t weights = SwizzledRows<Tile::kRowBytes>(
+          SharedAddress(shared.weights[weight_ring.stage][panel]) + column_bytes, 8);
+      const std::uint32_t patch =
+          SharedAddress(shared.pixels[patch_ring.stage][panel]) + row * Tile::kRowBytes;
 #pragma unroll
       for (int f = 0; f < Tile::kFragments; ++f) {
-        const int row = (group * Tile::kFragments + f) * 64;
-        const std::uint64_t pixels =
-            NarrowSwizzledTile(SharedAddress(shared.pixels[ring.stage][panel][row]) + column_bytes);
-        Multiply<Tile>(sums[f], pixels, weights, i > 0 || step > 0);
+        const int line = (group * Tile::kFragments + f) * 8;
+        const std::uint64_t pixels = SwizzledRows<Tile::kRowBytes>(
+            patch + line * line_rows * Tile::kRowBytes + column_bytes, line_rows);
+        if constexpr (Tile::kChannels == 8) {
+          Wgmma64x8<false>(sums[f], pixels, weights, accumulate || step > 0);
+        } else if constexpr (Tile::kChannels == 192) {
+          Wgmma64x192<false>(sums[f], pixels, weights, accumulate || step > 0);
+        } else {
+          Wgmma64x96<false>(sums[f], pixels, weights, accumulate || step > 0);
+        }
       }
     }
     WgmmaCommit();
-    if (i == 0) continue;
-    WgmmaWait<1>();
-    if (threadIdx.x % 32 == 0) BarrierArrive(&shared.empty[released.stage]);
-    released.Next();
   }
-  WgmmaWait<0>();
+
+  __device__ void Run(const ConvShape& shape, const Place& place) {
+    const int line_rows = kPatchWidth + shape.kw - 1;
+    const int patches = (shape.kt - place.FirstTap(shape)) * (shape.channels_in / Tile::kDepth);
+    int done_patch = -1, done_weight = -1;  // stages that the product before this one has read
+    for (int patch = 0; patch < patches; ++patch, patch_ring.Next()) {
+      BarrierWait(&shared.patch_full[patch_ring.stage], patch_ring.parity);
+      for (int dy = 0; dy < shape.kh; ++dy) {
+        for (int dx = 0; dx < shape.kw; ++dx, weight_ring.Next()) {
+          BarrierWait(&shared.weight_full[weight_ring.stage], weight_ring.parity);
+          StartTap(place.FirstRow(shape, dy, dx), line_rows, done_weight >= 0);
+          WgmmaWait<1>();
+          if (threadIdx.x % 32 == 0) {
+            if (done_weight >= 0) BarrierArrive(&shared.weight_empty[done_weight]);
+            if (done_patch >= 0) BarrierArrive(&shared.patch_empty[done_patch]);
+          }
+          done_patch = -1;
+          done_weight = weight_ring.stage;
+        }
+      }
+      done_patch = patch_ring.stage;
+    }
+    WgmmaWait<0>();
 #pragma unroll
-  for (int f = 0; f < Tile::kFragments; ++f) HoldRegisters(sums[f]);
+    for (int f = 0; f < Tile::kFragments; ++f) HoldRegisters(sums[f]);
+  }
+};
+
+// Where a patch's pixel begins in the result; -1 outside of the frame.
+__device__ inline std::int64_t PixelOffset(const ConvShape& shape, const Place& place, int pixel) {
+  const int y = place.y + pixel / kPatchWidth, x = place.x + pixel % kPatchWidth;
+  if (y >= shape.height || x >= shape.width) return -1;
+  const int line = (y << shape.doubling) + place.phase_y;
+  const int column = (x << shape.doubling) + place.phase_x;
+  return ((static_cast<std::int64_t>(place.frame) * shape.out_height() + line) * shape.out_width() +
+          column) *
+         shape.channels_out;
+}
+
+// The same for at most 8 channels, one by one.
+__device__ inline void StoreFewChannels(const Parameters& p, const Place& place, int first_pixel,
+                                        const float (&sums)[4]) {
+  const int thread = threadIdx.x % kWarpgroup;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const int channel = 2 * (thread % 4) + i % 2;
+    const int pixel = first_pixel + thread / 32 * 16 + thread % 32 / 4 + i / 2 * 8;
+    const std::int64_t at = PixelOffset(p.shape, place, pixel);
+    if (at < 0 || channel >= p.shape.channels_out) continue;
+    float sum = sums[i];
+    if (p.bias != nullptr) sum += p.bias[channel];
+    if (p.residual != nullptr) sum += __bfloat162float(p.residual[at + channel]);
+    p.out[at + channel] = __float2bfloat16(sum);
+  }
 }
 
 // Adds bias and residual to a thread's part of 64 pixels and stores it.
@@ -166,14 +252,9 @@ __device__ void StoreFragment(const Parameters& p, const Place& place, int first
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     const int pixel = first_pixel + thread / 32 * 16 + thread % 32 / 4 + 8 * r;
-    const int y = place.y + pixel / p.patch_width;
-    const int x = place.x + pixel % p.patch_width;
-    rows[r] = nullptr;
-    if (y >= shape.height || x >= shape.width) continue;
-    const std::int64_t at =
-        ((static_cast<std::int64_t>(place.frame) * shape.height + y) * shape.width + x) *
-        shape.channels_out;
-    rows[r] = p.out + at + place.channel;
+    const std::int64_t at = PixelOffset(shape, place, pixel);
+    rows[r] = at < 0 ? nullptr : p.out + at + place.channel;
+    if (at < 0) continue;
     if (p.residual == nullptr) continue;
 #pragma unroll
     for (int j = 0; j < kChannels / 8; ++j) {
@@ -196,9 +277,13 @@ __global__ void __launch_bounds__(kThreads, 1)
   auto& shared = *reinterpret_cast<SharedStorage<Tile>*>(
       dynamic_shared + (1024 - SharedAddress(dynamic_shared) % 1024) % 1024);
   if (threadIdx.x == 0) {
-    for (int stage = 0; stage < kStages; ++stage) {
-      BarrierInit(&shared.full[stage], 1);
-      BarrierInit(&shared.empty[stage], kConsumers * kWarpgroup / 32);
+    for (int stage = 0; stage < kPatchStages; ++stage) {
+      BarrierInit(&shared.patch_full[stage], 1);
+      BarrierInit(&shared.patch_empty[stage], kConsumers * kWarpgroup / 32);
+    }
+    for (int stage = 0; stage < Tile::kWeightStages; ++stage) {
+      BarrierInit(&shared.weight_full[stage], 1);
+      BarrierInit(&shared.weight_empty[stage], kConsumers * kWarpgroup / 32);
     }
     BarrierInitFence();
   }
@@ -207,57 +292,58 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int warpgroup = static_cast<int>(threadIdx.x) / kWarpgroup;
   if (warpgroup == 0) {
     LowerRegisters<kProducerRegisters>();
-    if (threadIdx.x == 0) Produce<Tile>(&x_map, &history_map, &weight_map, shared, p, place);
+    if (threadIdx.x == 0) ProducePatches<Tile>(&x_map, &history_map, shared, p, place);
+    if (threadIdx.x == 32) ProduceWeights<Tile>(&weight_map, shared, p, place);
   } else {
     RaiseRegisters<kConsumerRegisters>();
     const int group = warpgroup - 1;
     float sums[Tile::kFragments][Tile::kChannels / 2];
-    Consume<Tile>(shared, group, place.Stages(p.shape), sums);
+    Consumer<Tile>{shared, group, {}, {}, sums}.Run(p.shape, place);
 #pragma unroll
     for (int f = 0; f < Tile::kFragments; ++f) {
-      StoreFragment<Tile::kChannels>(p, place, (group * Tile::kFragments + f) * 64, sums[f]);
+      const int first_pixel = (group * Tile::kFragments + f) * 64;
+      if constexpr (Tile::kChannels == 8) {
+        StoreFewChannels(p, place, first_pixel, sums[f]);
+      } else {
+        StoreFragment<Tile::kChannels>(p, place, first_pixel, sums[f]);
+      }
     }
   }
 }
 
-CUtensorMap FramesMap(const void* data, int frames, const ConvShape& shape, int patch_height,
-                      int patch_width) {
+template <class Tile>
+CUtensorMap FramesMap(const void* data, int frames, const ConvShape& shape) {
   const auto c = static_cast<std::uint64_t>(shape.channels_in);
   const auto w = static_cast<std::uint64_t>(shape.width);
   const auto h = static_cast<std::uint64_t>(shape.height);
   return MakeTensorMap(data, {c, w, h, static_cast<std::uint64_t>(frames)}, {c, w * c, h * w * c},
-                       {kPanel, static_cast<std::uint32_t>(patch_width),
-                        static_cast<std::uint32_t>(patch_height), 1});
+                       {Tile::kPanel, static_cast<std::uint32_t>(kPatchWidth + shape.kw - 1),
+                        static_cast<std::uint32_t>(Tile::kPatchHeight + shape.kh - 1), 1});
 }
 
-std::int64_t Patches(int extent, int patch) { return (extent + patch - 1) / patch; }
+template <class Tile>
+dim3 Grid(const ConvShape& shape) {
+  const auto patches = [](int extent, int patch) { return (extent + patch - 1) / patch; };
+  const std::int64_t per_frame = static_cast<std::int64_t>(patches(shape.width, kPatchWidth)) *
+                                 patches(shape.height, Tile::kPatchHeight) *
+                                 (shape.doubling ? 4 : 1);
+  Require(per_frame < 65536 && shape.frames < 65536, "Conv: too many pixels in one call");
+  return dim3(static_cast<unsigned>(patches(shape.channels_out, Tile::kChannels)),
+              static_cast<unsigned>(per_frame), static_cast<unsigned>(shape.frames));
+}
 
 template <class Tile>
 void Launch(const Context& context, const ConvProblem& problem) {
   const ConvShape& shape = problem.shape;
-  // The patch that covers a frame with the fewest pixels to spare; wider is better for the caches.
-  int patch_width = 64;
-  for (const int width : {32, 16, 8}) {
-    const auto covered = [&](int w) {
-      return Patches(shape.width, w) * Patches(shape.height, Tile::kPixels / w);
-    };
-    if (covered(width) < covered(patch_width)) patch_width = width;
-  }
-  const int patch_height = Tile::kPixels / patch_width;
   const auto depth = static_cast<std::uint64_t>(shape.depth());
   const auto channels = static_cast<std::uint64_t>(shape.channels_out);
-  const CUtensorMap x_map = FramesMap(problem.x, shape.frames, shape, patch_height, patch_width);
-  const CUtensorMap history_map = shape.history > 0 ? FramesMap(problem.history, shape.history,
-                                                                shape, patch_height, patch_width)
-                                                    : x_map;
-  const CUtensorMap weight_map =
-      MakeTensorMap(problem.weight, {depth, channels, 1, 1},
-                    {depth, depth * channels, depth * channels}, {kPanel, Tile::kChannels, 1, 1});
-  const Parameters parameters{shape,
-                              patch_height,
-                              patch_width,
-                              static_cast<int>(Patches(shape.width, patch_width)),
-                              problem.bias,
+  const CUtensorMap x_map = FramesMap<Tile>(problem.x, shape.frames, shape);
+  const CUtensorMap history_map =
+      shape.history > 0 ? FramesMap<Tile>(problem.history, shape.history, shape) : x_map;
+  const CUtensorMap weight_map = MakeTensorMap(problem.weight, {depth, channels, 1, 1},
+                                               {depth, depth * channels, depth * channels},
+                                               {Tile::kPanel, Tile::kChannels, 1, 1});
+  const Parameters parameters{shape, (shape.width + kPatchWidth - 1) / kPatchWidth, problem.bias,
                               static_cast<const bf16*>(problem.residual),
                               static_cast<bf16*>(problem.out)};
   constexpr std::size_t kSharedBytes = sizeof(SharedStorage<Tile>) + 1024;  // room to align
@@ -265,23 +351,38 @@ void Launch(const Context& context, const ConvProblem& problem) {
   Check(cudaFuncSetAttribute(HopperConvKernel<Tile>, cudaFuncAttributeMaxDynamicSharedMemorySize,
                              kSharedBytes),
         "HopperConv: shared memory");
-  const std::int64_t patches =
-      Patches(shape.width, patch_width) * Patches(shape.height, patch_height);
-  Require(patches < 65536 && shape.frames < 65536, "Conv: too many pixels in one call");
-  const dim3 grid(static_cast<unsigned>(shape.channels_out / Tile::kChannels),
-                  static_cast<unsigned>(patches), static_cast<unsigned>(shape.frames));
-  HopperConvKernel<Tile><<<grid, kThreads, kSharedBytes, context.stream>>>(x_map, history_map,
-                                                                           weight_map, parameters);
+  HopperConvKernel<Tile><<<Grid<Tile>(shape), kThreads, kSharedBytes, context.stream>>>(
+      x_map, history_map, weight_map, parameters);
   CheckLaunch("HopperConv");
+}
+
+// Small frames leave multiprocessors idle in large tiles, or the last round of tiles half empty.
+template <int kChannels, int kPanels, int kPanel>
+void LaunchBest(const Context& context, const ConvProblem& problem) {
+  using Large = Tiling<kChannels, 2, kPanels, kPanel>;
+  using Small = Tiling<kChannels, 1, kPanels, kPanel>;
+  const auto rounds = [&](dim3 grid) {
+    const auto blocks = static_cast<std::int64_t>(grid.x) * grid.y * grid.z;
+    return (blocks + context.sm_count - 1) / context.sm_count;
+  };
+  // A small tile takes a little more than half of a large one's time.
+  if (rounds(Grid<Small>(problem.shape)) * 6 < rounds(Grid<Large>(problem.shape)) * 10) {
+    Launch<Small>(context, problem);
+  } else {
+    Launch<Large>(context, problem);
+  }
 }
 
 }  // namespace
 
 void HopperConv(const Context& context, const ConvProblem& problem) {
-  if (problem.shape.channels_out % 192 == 0) {
-    Launch<Tiling<192, 1>>(context, problem);
+  const ConvShape& shape = problem.shape;
+  if (shape.channels_out <= 8) {
+    Launch<Tiling<8, 2, 3, 32>>(context, problem);
+  } else if (shape.channels_out % 192 == 0 && shape.channels_in % 64 == 0) {
+    LaunchBest<192, 1, 64>(context, problem);
   } else {
-    Launch<Tiling<96, 2>>(context, problem);
+    LaunchBest<96, 3, 32>(context, problem);
   }
 }
 

@@ -28,4 +28,15 @@ __host__ __device__ constexpr std::uint64_t NarrowSwizzledTile(std::uint32_t add
   return kSwizzle64 | kRowGroup | static_cast<std::uint64_t>((address & 0x3ffffu) / 16);
 }
 
+// A tile whose rows are one row of a swizzle each, 128 or 64 bytes, not transposed: 8 neighbouring
+// rows, then the next 8 `group_rows` rows further on. `address` may lie at any row: the swizzle is
+// a matter of the addresses alone.
+template <std::uint32_t kRowBytes>
+__host__ __device__ constexpr std::uint64_t SwizzledRows(std::uint32_t address, int group_rows) {
+  static_assert(kRowBytes == 128 || kRowBytes == 64);
+  constexpr std::uint64_t kSwizzle = std::uint64_t{kRowBytes == 128 ? 1 : 2} << 62;
+  return kSwizzle | static_cast<std::uint64_t>(group_rows * kRowBytes / 16) << 32 |
+         static_cast<std::uint64_t>((address & 0x3ffffu) / 16);
+}
+
 }  // namespace slalom::cuda::hopper

@@ -34,6 +34,18 @@ __device__ inline void HoldRegisters(float (&registers)[kCount]) {
 // a is 64 x 16, from shared memory (its rows along m) or from registers; b is 16 x N from shared
 // memory, its rows along n, or along k when kBTransposed.
 template <bool kBTransposed>
+__device__ inline void Wgmma64x8(float (&d)[4], std::uint64_t a, std::uint64_t b, bool accumulate) {
+  asm volatile(
+      "{\n.reg .pred p;\n"
+      "setp.ne.b32 p, %6, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 "
+      "{%0, %1, %2, %3}, %4, %5, p, 1, 1, 0, %7;\n"
+      "}\n"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)), "n"(kBTransposed ? 1 : 0));
+}
+
+template <bool kBTransposed>
 __device__ inline void Wgmma64x64(float (&d)[32], std::uint64_t a, std::uint64_t b,
                                   bool accumulate) {
   asm volatile(

@@ -127,8 +127,9 @@ TEST_F(ConvKernels, HopperSteps) {
 
 TEST_F(ConvKernels, Hopper) {
   if (backend_->context().compute_major != 9) GTEST_SKIP() << "this device is not a Hopper";
-  for (const auto& [in, out] : {std::pair{96, 96}, {96, 192}, {192, 96}, {192, 384}, {288, 192}}) {
-    CompareChannels(ConvKernel::kHopper, in, out, false);
+  for (const auto& [in, out] :
+       {std::pair{96, 96}, {96, 192}, {192, 96}, {192, 384}, {288, 192}, {96, 3}, {192, 8}}) {
+    CompareChannels(ConvKernel::kHopper, in, out, true);
   }
 }
 
@@ -146,6 +147,8 @@ TEST(ChooseConvKernel, TakesTheFastestThatCan) {
   EXPECT_EQ(ChooseConvKernel(shape, DType::kBF16, false, 9), ConvKernel::kSimple);
   EXPECT_EQ(ChooseConvKernel(shape, DType::kF32, true, 9), ConvKernel::kSimple);
   shape.channels_out = 3;
+  EXPECT_EQ(ChooseConvKernel(shape, DType::kBF16, true, 9), ConvKernel::kHopper);
+  shape.kw = 5;
   EXPECT_EQ(ChooseConvKernel(shape, DType::kBF16, true, 9), ConvKernel::kTensorCore);
   shape.channels_in = 12;
   EXPECT_EQ(ChooseConvKernel(shape, DType::kBF16, true, 9), ConvKernel::kSimple);
