@@ -32,7 +32,7 @@ struct Tiling {
   static constexpr int kRows = kConsumers * kRowsPerGroup;
   static constexpr int kUnits = kConsumers == 1 ? 1 : 2;  // key blocks of 64 per tile
   static constexpr int kKeys = kUnits * kKeyBlock;
-  static constexpr int kStages = 2;
+  static constexpr int kStages = kConsumers == 1 ? 3 : 2;  // as many as fit
   static constexpr int kPanels = kD / kPanel;
   static constexpr int kThreads = (kConsumers + 1) * kWarpgroup;
   static constexpr int kBlocksPerSm = kConsumers == 1 ? 2 : 1;
@@ -205,7 +205,7 @@ struct Consumer {
     WgmmaWait<0>();
     HoldRegisters(output);
     if (pending) ReleaseV();
-    ScaleRows(output, correction);
+    CorrectRows(output, correction);
   }
 
   __device__ void Run(const KeyBlocks& keys, OnlineSoftmax& softmax, float (&output)[kOutputs]) {
@@ -280,9 +280,8 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerSm)
     HopperAttentionKernel(const __grid_constant__ CUtensorMap q_map,
                           const __grid_constant__ CUtensorMap k_map,
                           const __grid_constant__ CUtensorMap v_map, const Parameters parameters) {
-  extern __shared__ std::byte dynamic_shared[];
-  auto& shared = *reinterpret_cast<SharedStorage<Tile>*>(
-      dynamic_shared + (1024 - SharedAddress(dynamic_shared) % 1024) % 1024);
+  extern __shared__ __align__(1024) std::byte dynamic_shared[];
+  auto& shared = *reinterpret_cast<SharedStorage<Tile>*>(dynamic_shared);
   const int first_row = blockIdx.x * Tile::kRows;
   const int head = blockIdx.y;
   const int sample = blockIdx.z;
@@ -336,7 +335,9 @@ CUtensorMap RowsMap(const void* data, std::int64_t length, const AttentionProble
 
 template <class Tile>
 void Launch(const Context& context, const AttentionProblem& problem) {
-  constexpr std::size_t kSharedBytes = sizeof(SharedStorage<Tile>) + 1024;  // room to align
+  constexpr std::size_t kSharedBytes = sizeof(SharedStorage<Tile>);
+  // A multiprocessor has 228 KiB, of which every block takes one for itself.
+  static_assert(Tile::kBlocksPerSm * (kSharedBytes + 1024) <= 228 * 1024);
   static_assert(kRowsPerGroup == kKeyBlock, "Q, K and V are copied in boxes of one size");
   Check(cudaFuncSetAttribute(HopperAttentionKernel<Tile>,
                              cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes),

@@ -17,14 +17,20 @@ __device__ inline float Exp2(float x) {
 }
 
 struct OnlineSoftmax {
-  float scale_log2;  // scale * log2(e), positive
-  float max[2] = {-INFINITY, -INFINITY};
-  float sum[2] = {0.0f, 0.0f};  // this lane's columns only, until Finish
+  // How far, in powers of two, scores may rise above `max` before it follows. Probabilities up to
+  // 2^8 lose nothing in bf16 and f32, and as long as `max` rests the output needs no correction:
+  // that saves a pass over its registers for almost every tile.
+  static constexpr float kSlack = 8.0f;
+
+  float scale_log2;                       // scale * log2(e), positive
+  float max[2] = {-INFINITY, -INFINITY};  // at least the largest score so far, less the slack
+  float sum[2] = {0.0f, 0.0f};            // this lane's columns only, until Finish
 
   __device__ explicit OnlineSoftmax(float scale) : scale_log2(scale * 1.4426950408889634f) {}
 
-  // Turns scores into exp(scale * (score - max so far)) and says by what earlier sums and outputs
-  // are to be multiplied. At least one score per row is finite, here or earlier.
+  // Turns scores into exp(scale * (score - max)) and says by what earlier sums and outputs are to
+  // be multiplied: exactly 1 where max has not moved. At least one score per row is finite, here or
+  // earlier.
   template <int kCount>
   __device__ void Update(float (&scores)[kCount], float (&correction)[2]) {
 #pragma unroll
@@ -35,6 +41,7 @@ struct OnlineSoftmax {
         largest = fmaxf(largest, fmaxf(scores[4 * j + 2 * r], scores[4 * j + 2 * r + 1]));
       }
       largest = GroupMax<4>(largest);
+      if ((largest - max[r]) * scale_log2 <= kSlack) largest = max[r];
       correction[r] = Exp2((max[r] - largest) * scale_log2);
       max[r] = largest;
       const float offset = largest * scale_log2;
@@ -72,6 +79,15 @@ __device__ inline void ScaleRows(float (&values)[kCount], const float (&factor)[
     values[4 * j + 1] *= factor[0];
     values[4 * j + 2] *= factor[1];
     values[4 * j + 3] *= factor[1];
+  }
+}
+
+// The same with corrections of OnlineSoftmax, which are mostly 1. All lanes of a warp come
+// together.
+template <int kCount>
+__device__ inline void CorrectRows(float (&values)[kCount], const float (&correction)[2]) {
+  if (__any_sync(kFullWarp, correction[0] != 1.0f || correction[1] != 1.0f)) {
+    ScaleRows(values, correction);
   }
 }
 

@@ -203,7 +203,7 @@ __global__ void __launch_bounds__(kWarps * 32, kD == 64 ? 12 / kWarps : 8 / kWar
     if (block == keys.count - 1) MaskKeys(scores, keys.Keys(block));
     float correction[2];
     softmax.Update(scores, correction);
-    ScaleRows(output, correction);
+    CorrectRows(output, correction);
     std::uint32_t probabilities[kScores / 8][4];
     PackProbabilities(scores, probabilities);
     AddOutput<kD>(output, probabilities, shared.v[block % 2]);
