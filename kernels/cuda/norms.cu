@@ -118,12 +118,13 @@ struct QkNormRopeOp {
     if (cos != nullptr) {
       const unsigned token = static_cast<unsigned>(row) % static_cast<unsigned>(length);
       const std::int64_t first = std::int64_t{token} * (head_size / 2) + column % head_size / 2;
+      float c[kWidth / 2], s[kWidth / 2];
+      LoadFloats<kWidth / 2>(cos + first, c);
+      LoadFloats<kWidth / 2>(sin + first, s);
 #pragma unroll
       for (int j = 0; j < kWidth; j += 2) {
-        const float c = cos[first + j / 2];
-        const float s = sin[first + j / 2];
-        const float even = y[j] * c - y[j + 1] * s;
-        y[j + 1] = y[j + 1] * c + y[j] * s;
+        const float even = y[j] * c[j / 2] - y[j + 1] * s[j / 2];
+        y[j + 1] = y[j + 1] * c[j / 2] + y[j] * s[j / 2];
         y[j] = even;
       }
     }
@@ -156,7 +157,7 @@ struct ChannelNormOp {
 #pragma unroll
     for (int j = 0; j < kWidth; ++j) {
       y[j] = values[j] * factor * g[j];
-      if (silu) y[j] = Silu(y[j]);
+      if (silu) y[j] = sizeof(T) == 2 ? FastSilu(y[j]) : Silu(y[j]);
     }
     StoreFloats<kWidth>(out + row * columns + column, y);
   }
@@ -211,7 +212,7 @@ void RunQkNormRope(const Context& context, const QkNormRopeArgs& args) {
                      OptionalFloats(args.cos),
                      OptionalFloats(args.sin),
                      args.out.data<T>()};
-  const bool vectors = head_size % 8 == 0 && Aligned16(op.x, op.weight, op.out);
+  const bool vectors = head_size % 8 == 0 && Aligned16(op.x, op.weight, op.cos, op.sin, op.out);
   RunRows(op, args.x.dim(0) * args.x.dim(1), vectors, context.stream, "QkNormRope");
 }
 

@@ -119,10 +119,18 @@ void RunRows(const Op& op, std::int64_t rows, bool vectors, cudaStream_t stream,
   const auto whole_warps = [](int threads) { return (threads + 31) / 32 * 32; };
   if (!vectors || op.columns % 8 != 0 || chunks > 4 * kRowThreads) {
     NarrowRowKernel<Op><<<static_cast<unsigned>(rows), kRowThreads, 0, stream>>>(op);
+  } else if (chunks == 12) {  // 96 channels and their multiples: no lane is idle
+    LaunchRows<Op, 4, 3>(op, rows, kRowThreads, stream);
+  } else if (chunks == 24) {
+    LaunchRows<Op, 8, 3>(op, rows, kRowThreads, stream);
+  } else if (chunks == 48) {
+    LaunchRows<Op, 16, 3>(op, rows, kRowThreads, stream);
   } else if (chunks <= 16) {
     LaunchRows<Op, 16, 1>(op, rows, kRowThreads, stream);
   } else if (chunks <= 64) {
     LaunchRows<Op, 32, 2>(op, rows, kRowThreads, stream);
+  } else if (chunks <= 192) {  // the width of Wan 1.3B: a warp's own row needs no barrier
+    LaunchRows<Op, 32, 6>(op, rows, kRowThreads, stream);
   } else if (chunks <= kRowThreads) {
     LaunchRows<Op, 0, 1>(op, rows, whole_warps(chunks), stream);
   } else {
