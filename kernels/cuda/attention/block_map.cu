@@ -19,25 +19,42 @@ std::int64_t Blocks(std::int64_t length, std::int64_t block) {
   return (length + block - 1) / block;
 }
 
-// x [B, L, width] -> means [B, N, width]: one block of threads per block of rows.
+constexpr int kPoolLanes = 16;  // that share a row
+constexpr int kPoolRows = 16;   // that are read at once
+constexpr int kPoolThreads = kPoolLanes * kPoolRows;
+
+// x [B, L, width] -> means [B, N, width]: one block of threads per block of rows and
+// kPoolLanes * kWidth columns. Grid (N, pieces of the width, B).
 template <typename T, int kWidth>
-__global__ void __launch_bounds__(256)
+__global__ void __launch_bounds__(kPoolThreads)
     PoolKernel(const T* x, std::int64_t length, int width, int block, float* means) {
+  constexpr int kColumns = kPoolLanes * kWidth;
+  __shared__ __align__(16) float sums[kPoolRows][kColumns];
   const std::int64_t first = static_cast<std::int64_t>(blockIdx.x) * block;
   const std::int64_t end = min(first + block, length);
-  const std::int64_t sample = blockIdx.y;
-  for (int column = threadIdx.x * kWidth; column < width; column += blockDim.x * kWidth) {
-    float sum[kWidth] = {};
-    for (std::int64_t row = first; row < end; ++row) {
+  const std::int64_t sample = blockIdx.z;
+  const int lane = threadIdx.x % kPoolLanes;
+  const int own = threadIdx.x / kPoolLanes;
+  const int column = blockIdx.y * kColumns + lane * kWidth;
+  float sum[kWidth] = {};
+  if (column < width) {
+#pragma unroll 8
+    for (std::int64_t row = first + own; row < end; row += kPoolRows) {
       float v[kWidth];
       LoadFloats<kWidth>(x + (sample * length + row) * width + column, v);
 #pragma unroll
       for (int j = 0; j < kWidth; ++j) sum[j] += v[j];
     }
-#pragma unroll
-    for (int j = 0; j < kWidth; ++j) sum[j] /= static_cast<float>(end - first);
-    StoreFloats<kWidth>(means + (sample * gridDim.x + blockIdx.x) * width + column, sum);
   }
+  StoreFloats<kWidth>(&sums[own][lane * kWidth], sum);
+  __syncthreads();
+  const int target = blockIdx.y * kColumns + threadIdx.x;
+  if (threadIdx.x >= kColumns || target >= width) return;
+  float total = 0.0f;
+#pragma unroll
+  for (int i = 0; i < kPoolRows; ++i) total += sums[i][threadIdx.x];
+  means[(sample * gridDim.x + blockIdx.x) * width + target] =
+      total / static_cast<float>(end - first);
 }
 
 // An unsigned number that orders as the scores do; NaN counts as -infinity, -0 as 0.
@@ -47,61 +64,110 @@ __device__ inline std::uint32_t SortKey(float score) {
   return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
 }
 
-// The first `wanted` of a warp's row in the order (score descending, index ascending): those whose
-// key is above `key`, and the first `ties` of those that have it.
-struct Selection {
-  std::uint32_t key;
-  int ties;
+// The scores of one row as sort keys, spread over a warp: lane l has those of j = 32 i + l. They
+// stay in registers when there are at most 32 * kPerLane; with kPerLane 0 there may be any number.
+template <int kPerLane>
+struct RowKeys {
+  const float* scores;
+  int count;
+  std::uint32_t keys[kPerLane > 0 ? kPerLane : 1];
+
+  __device__ RowKeys(const float* row, int n) : scores(row), count(n) {
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i) keys[i] = Read(i);
+  }
+  __device__ int rounds() const { return kPerLane > 0 ? kPerLane : (count + 31) / 32; }
+  // 0, which is below every score's key, for those beyond the end.
+  __device__ std::uint32_t Key(int i) const {
+    if constexpr (kPerLane > 0) {
+      return keys[i];
+    } else {
+      return Read(i);
+    }
+  }
+
+ private:
+  __device__ std::uint32_t Read(int i) const {
+    const int j = i * 32 + static_cast<int>(threadIdx.x % 32);
+    return j < count ? SortKey(scores[j]) : 0u;
+  }
 };
 
-__device__ inline int CountAtLeast(const float* scores, int count, std::uint32_t key) {
-  int found = 0;
-  for (int j = threadIdx.x % 32; j < count; j += 32) found += SortKey(scores[j]) >= key;
-  return __reduce_add_sync(kFullWarp, found);
-}
-
-__device__ inline Selection SelectFirst(const float* scores, int count, int wanted) {
-  // The largest key that at least `wanted` scores reach, bit by bit.
+// The first `wanted` of a row in the order (score descending, index ascending): those whose key is
+// above `key`, and the first `ties` of those that have it.
+struct Selection {
+  int wanted;
   std::uint32_t key = 0;
-  for (int bit = 31; bit >= 0; --bit) {
-    const std::uint32_t candidate = key | 1u << bit;
-    if (CountAtLeast(scores, count, candidate) >= wanted) key = candidate;
+  int ties = 0;
+};
+
+// How many keys of the row are at least a, and at least b, which are not 0.
+template <int kPerLane>
+__device__ inline int2 CountAtLeast(const RowKeys<kPerLane>& row, std::uint32_t a,
+                                    std::uint32_t b) {
+  int above_a = 0, above_b = 0;
+#pragma unroll
+  for (int i = 0; i < row.rounds(); ++i) {
+    above_a += row.Key(i) >= a;
+    above_b += row.Key(i) >= b;
   }
-  const int above = key == 0xffffffffu ? 0 : CountAtLeast(scores, count, key + 1);
-  return {key, wanted - above};
+  return make_int2(__reduce_add_sync(kFullWarp, above_a), __reduce_add_sync(kFullWarp, above_b));
 }
 
-// One warp per row of scores.
+template <int kPerLane>
+__device__ inline void Select(const RowKeys<kPerLane>& row, Selection& first, Selection& second) {
+  // The largest key that at least `wanted` scores reach, bit by bit.
+#pragma unroll 1
+  for (int bit = 31; bit >= 0; --bit) {
+    const std::uint32_t a = first.key | 1u << bit, b = second.key | 1u << bit;
+    const int2 reached = CountAtLeast(row, a, b);
+    if (reached.x >= first.wanted) first.key = a;
+    if (reached.y >= second.wanted) second.key = b;
+  }
+  // No score's key is the largest number: key + 1 does not wrap.
+  const int2 above = CountAtLeast(row, first.key + 1, second.key + 1);
+  first.ties = first.wanted - above.x;
+  second.ties = second.wanted - above.y;
+}
+
+// One warp per row of scores: classes, and the list of the critical ones.
+template <int kPerLane>
 __global__ void __launch_bounds__(kWarps * 32)
     ClassifyKernel(const float* scores, std::int64_t rows, int count, int critical, int negligible,
-                   std::uint8_t* classes) {
-  const std::int64_t row = static_cast<std::int64_t>(blockIdx.x) * kWarps + threadIdx.x / 32;
-  if (row >= rows) return;
+                   std::uint8_t* classes, std::int32_t* lists, std::int32_t* counts) {
+  const std::int64_t index = static_cast<std::int64_t>(blockIdx.x) * kWarps + threadIdx.x / 32;
+  if (index >= rows) return;
   const int lane = threadIdx.x % 32;
   const unsigned before = (1u << lane) - 1;
-  scores += row * count;
-  classes += row * count;
-  const Selection best = SelectFirst(scores, count, critical);
-  const Selection kept = SelectFirst(scores, count, count - negligible);
-  int best_ties = 0;
-  int kept_ties = 0;
-  for (int first = 0; first < count; first += 32) {
-    const int j = first + lane;
-    const std::uint32_t key = j < count ? SortKey(scores[j]) : 0u;
+  classes += index * count;
+  lists += index * critical;
+  const RowKeys<kPerLane> row(scores + index * count, count);
+  Selection best{critical}, kept{count - negligible};
+  Select(row, best, kept);
+  int best_ties = 0, kept_ties = 0, listed = 0;
+#pragma unroll
+  for (int i = 0; i < row.rounds(); ++i) {
+    const int j = i * 32 + lane;
+    const std::uint32_t key = row.Key(i);
     const unsigned best_equal = __ballot_sync(kFullWarp, j < count && key == best.key);
     const unsigned kept_equal = __ballot_sync(kFullWarp, j < count && key == kept.key);
     const auto within = [&](const Selection& selection, unsigned equal, int ties) {
       return key > selection.key ||
              (key == selection.key && ties + __popc(equal & before) < selection.ties);
     };
+    const bool is_best = j < count && within(best, best_equal, best_ties);
+    const unsigned best_mask = __ballot_sync(kFullWarp, is_best);
     if (j < count) {
-      classes[j] = within(best, best_equal, best_ties)   ? kCriticalByte
+      classes[j] = is_best                               ? kCriticalByte
                    : within(kept, kept_equal, kept_ties) ? kMarginalByte
                                                          : kNegligibleByte;
     }
+    if (is_best) lists[listed + __popc(best_mask & before)] = j;
     best_ties += __popc(best_equal);
     kept_ties += __popc(kept_equal);
+    listed += __popc(best_mask);
   }
+  if (lane == 0) counts[index] = critical;
 }
 
 __global__ void __launch_bounds__(256)
@@ -229,14 +295,13 @@ template <typename T>
 void RunPool(const Context& context, const Tensor& x, int block, const Tensor& means) {
   const auto length = x.dim(1);
   const int width = static_cast<int>(x.dim(2) * x.dim(3));
-  const dim3 grid(static_cast<unsigned>(means.dim(1)), static_cast<unsigned>(x.dim(0)));
-  if (width % 8 == 0 && reinterpret_cast<std::uintptr_t>(x.raw()) % 16 == 0) {
-    PoolKernel<T, 8>
-        <<<grid, 192, 0, context.stream>>>(x.data<T>(), length, width, block, means.data<float>());
-  } else {
-    PoolKernel<T, 1>
-        <<<grid, 192, 0, context.stream>>>(x.data<T>(), length, width, block, means.data<float>());
-  }
+  const bool vectors = width % 8 == 0 && reinterpret_cast<std::uintptr_t>(x.raw()) % 16 == 0;
+  const int columns = kPoolLanes * (vectors ? 8 : 1);
+  const dim3 grid(static_cast<unsigned>(means.dim(1)),
+                  static_cast<unsigned>(Blocks(width, columns)), static_cast<unsigned>(x.dim(0)));
+  const auto kernel = vectors ? PoolKernel<T, 8> : PoolKernel<T, 1>;
+  kernel<<<grid, kPoolThreads, 0, context.stream>>>(x.data<T>(), length, width, block,
+                                                    means.data<float>());
   CheckLaunch("MakeBlockMap: pooling");
 }
 
@@ -278,17 +343,37 @@ Tensor PooledScores(const Context& context, const BlockMapArgs& args) {
   return scores;
 }
 
-void FillLists(const Context& context, BlockMap& map, std::int64_t capacity) {
+void AllocateLists(const Context& context, BlockMap& map, std::int64_t capacity) {
   const Shape& shape = map.classes.shape();
-  const std::int64_t rows = shape[0] * shape[1] * shape[2];
   map.critical = context.Allocate({shape[0], shape[1], shape[2], capacity}, DType::kI32);
   map.counts = context.Allocate({shape[0], shape[1], shape[2]}, DType::kI32);
+}
+
+// The lists from the classes.
+void FillLists(const Context& context, const BlockMap& map) {
+  const std::int64_t rows = map.counts.NumElements();
   if (rows == 0) return;
-  ListKernel<<<static_cast<unsigned>((rows + kWarps - 1) / kWarps), kWarps * 32, 0,
-               context.stream>>>(map.classes.data<std::uint8_t>(), rows, static_cast<int>(shape[3]),
-                                 static_cast<int>(capacity), map.critical.data<std::int32_t>(),
-                                 map.counts.data<std::int32_t>());
+  ListKernel<<<static_cast<unsigned>(Blocks(rows, kWarps)), kWarps * 32, 0, context.stream>>>(
+      map.classes.data<std::uint8_t>(), rows, static_cast<int>(map.classes.dim(3)),
+      static_cast<int>(map.critical.dim(3)), map.critical.data<std::int32_t>(),
+      map.counts.data<std::int32_t>());
   CheckLaunch("MakeBlockMap: lists");
+}
+
+// Classes and lists from the scores [B, H, Nq, Nk].
+void Classify(const Context& context, const Tensor& scores, std::int64_t negligible,
+              const BlockMap& map) {
+  const std::int64_t rows = map.counts.NumElements();
+  const auto count = static_cast<int>(scores.dim(3));
+  const auto kernel = count <= 128    ? ClassifyKernel<4>
+                      : count <= 512  ? ClassifyKernel<16>
+                      : count <= 1280 ? ClassifyKernel<40>
+                                      : ClassifyKernel<0>;
+  kernel<<<static_cast<unsigned>(Blocks(rows, kWarps)), kWarps * 32, 0, context.stream>>>(
+      scores.data<float>(), rows, count, static_cast<int>(map.critical.dim(3)),
+      static_cast<int>(negligible), map.classes.data<std::uint8_t>(),
+      map.critical.data<std::int32_t>(), map.counts.data<std::int32_t>());
+  CheckLaunch("MakeBlockMap: classes");
 }
 
 }  // namespace
@@ -312,24 +397,19 @@ BlockMap MakeBlockMap(const Context& context, const BlockMapArgs& args) {
   map.block_q = options.block_q;
   map.block_k = options.block_k;
   map.classes = context.Allocate({batch, heads, nq, nk}, DType::kU8);
-  auto* classes = map.classes.data<std::uint8_t>();
-  const std::int64_t rows = batch * heads * nq;
+  AllocateLists(context, map, critical);
   if (options.kind == BlockMapKind::kWindow) {
     Require(args.grid.size() == length, "MakeBlockMap: grid does not hold q's tokens");
     map.grid = args.grid;
-    WindowKernel<<<static_cast<unsigned>((rows * nk + 255) / 256), 256, 0, context.stream>>>(
-        rows * nk, length, static_cast<int>(nq), static_cast<int>(nk), options.block_q,
-        options.block_k, static_cast<int>(critical), classes);
+    const std::int64_t pairs = map.classes.NumElements();
+    WindowKernel<<<static_cast<unsigned>((pairs + 255) / 256), 256, 0, context.stream>>>(
+        pairs, length, static_cast<int>(nq), static_cast<int>(nk), options.block_q, options.block_k,
+        static_cast<int>(critical), map.classes.data<std::uint8_t>());
     CheckLaunch("MakeBlockMap: windows");
+    FillLists(context, map);
   } else {
-    const Tensor scores = PooledScores(context, args);
-    ClassifyKernel<<<static_cast<unsigned>((rows + kWarps - 1) / kWarps), kWarps * 32, 0,
-                     context.stream>>>(scores.data<float>(), rows, static_cast<int>(nk),
-                                       static_cast<int>(critical), static_cast<int>(negligible),
-                                       classes);
-    CheckLaunch("MakeBlockMap: classes");
+    Classify(context, PooledScores(context, args), negligible, map);
   }
-  FillLists(context, map, critical);
   return map;
 }
 
@@ -343,7 +423,8 @@ BlockMap BlockMapFromClasses(const Context& context, const Tensor& classes, int 
   map.block_k = block_k;
   map.classes = classes;
   // Room for every block: the longest list is known on the device only.
-  FillLists(context, map, std::max<std::int64_t>(classes.dim(3), 1));
+  AllocateLists(context, map, std::max<std::int64_t>(classes.dim(3), 1));
+  FillLists(context, map);
   return map;
 }
 
