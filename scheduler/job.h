@@ -23,8 +23,8 @@ enum class Priority { kLow, kNormal, kHigh };
 inline constexpr int kNumPriorities = 3;
 const char* PriorityName(Priority priority);  // "low", "normal", "high"
 
-// Also the stage that Progress names. A job only ever moves down this list, and ends in one of the
-// last three.
+// Also the stage that Progress names. A job moves down this list and ends in one of the last three;
+// only the loss of its device puts it back to the start.
 enum class JobState { kQueued, kEncoding, kDenoising, kDecoding, kSucceeded, kFailed, kCancelled };
 const char* JobStateName(JobState state);  // "queued", "encoding", ...
 constexpr bool IsFinal(JobState state) { return state >= JobState::kSucceeded; }
@@ -114,6 +114,7 @@ struct JobRequest {
   ClipSpec spec;      // from Pipeline::Resolve
   Priority priority = Priority::kNormal;
   std::string tenant;
+  double tenant_weight = 1.0;  // the tenant's share of device seconds, against other tenants'
   std::optional<SchedulerClock::time_point> deadline;
   int preview_every = 0;  // denoising steps between previews; 0: none
   // Accepted once, by an earlier process: neither a full queue nor the estimate for its deadline

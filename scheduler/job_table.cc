@@ -1,22 +1,20 @@
+// JobTable: admission, ends, reports. Turns are in job_table_turns.cc, questions in
+// job_table_status.cc.
 #include "scheduler/job_table.h"
 
 #include <algorithm>
 #include <bit>
 #include <cstdio>
-#include <map>
+#include <limits>
 #include <random>
 #include <sstream>
+
+#include "scheduler/job_text.h"
 
 namespace slalom {
 namespace {
 
 using Clock = SchedulerClock;
-
-double Seconds(Clock::duration duration) { return std::chrono::duration<double>(duration).count(); }
-
-Clock::duration FromSeconds(double seconds) {
-  return std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(seconds));
-}
 
 std::uint64_t Bit(int worker) { return std::uint64_t{1} << worker; }
 
@@ -37,26 +35,15 @@ std::string LikelyKey(const std::string& model, const ClipSpec& spec) {
   return key.str();
 }
 
-std::string Describe(double seconds) {
-  char text[32];
-  std::snprintf(text, sizeof text, seconds < 10 ? "%.1f s" : "%.0f s", seconds);
-  return text;
-}
-
-std::string WhereItStands(const Job& job) {
-  switch (job.state) {
-    case JobState::kDenoising:
-      return "at step " + std::to_string(job.request.spec.steps - job.view.steps_left) + " of " +
-             std::to_string(job.request.spec.steps);
-    case JobState::kDecoding:
-      return "at frame " + std::to_string(job.frames) + " of " +
-             std::to_string(job.request.spec.num_frames);
-    default:
-      return std::string("while ") + JobStateName(job.state);
-  }
-}
+// The mean of the first hundred, then one that forgets.
+double MeanRate(std::int64_t samples) { return std::max(0.01, 1.0 / static_cast<double>(samples)); }
 
 }  // namespace
+
+JobTable::JobTable(const SchedulerOptions& options)
+    : options_(options), queue_(options.limits.order) {
+  costs_.Load(options.cost_state);
+}
 
 int JobTable::AddWorker(const std::string& device, const std::string& description,
                         std::vector<std::string> models) {
@@ -65,6 +52,17 @@ int JobTable::AddWorker(const std::string& device, const std::string& descriptio
     throw Error(ErrorCode::kInvalidArgument, "one process drives at most 64 devices");
   }
   WorkerRecord record;
+  for (const std::string& model : models) {
+    const auto known = std::find(models_.begin(), models_.end(), model);
+    record.pools.push_back(static_cast<int>(known - models_.begin()));
+    if (known == models_.end()) models_.push_back(model);
+    std::array<int, 3> kinds;
+    for (int a = 0; a < 3; ++a) {
+      kinds[static_cast<std::size_t>(a)] =
+          costs_.Kind(description, model, static_cast<AttentionKind>(a));
+    }
+    record.kinds.push_back(kinds);
+  }
   record.models = std::move(models);
   record.stats.device = device;
   record.stats.description = description;
@@ -72,33 +70,90 @@ int JobTable::AddWorker(const std::string& device, const std::string& descriptio
   return static_cast<int>(workers_.size()) - 1;
 }
 
+// --- Devices and costs ---
+
+int JobTable::PoolOf(const std::string& model) const {
+  return static_cast<int>(std::find(models_.begin(), models_.end(), model) - models_.begin());
+}
+
+std::uint64_t JobTable::DevicesOf(int pool) const {
+  std::uint64_t bits = 0;
+  for (std::size_t i = 0; i < workers_.size(); ++i) {
+    const std::vector<int>& pools = workers_[i].pools;
+    if (workers_[i].stats.healthy && std::find(pools.begin(), pools.end(), pool) != pools.end()) {
+      bits |= Bit(static_cast<int>(i));
+    }
+  }
+  return bits;
+}
+
+int JobTable::KindOf(const Job& job, int worker) const {
+  const WorkerRecord& record = workers_[static_cast<std::size_t>(worker)];
+  const auto place = std::find(record.pools.begin(), record.pools.end(), job.pool);
+  return record.kinds[static_cast<std::size_t>(place - record.pools.begin())]
+                     [static_cast<std::size_t>(job.request.spec.attention)];
+}
+
+ClipCost JobTable::CostOn(const Job& job, int worker) const {
+  return costs_.Predict(KindOf(job, worker), job.prior);
+}
+
+ClipCost JobTable::LeastCost(const Job& job) const {
+  ClipCost least = job.prior;
+  double least_seconds = std::numeric_limits<double>::infinity();
+  JobView view = job.view;
+  for (std::uint64_t left = DevicesOf(job.pool); left != 0; left &= left - 1) {
+    view.cost = CostOn(job, std::countr_zero(left));
+    const double seconds = Policy::RemainingSeconds(view);
+    if (seconds < least_seconds) {
+      least = view.cost;
+      least_seconds = seconds;
+    }
+  }
+  return least;
+}
+
 // --- Admission ---
 
-void JobTable::CheckRoom(const JobRequest& request, const ClipCost& cost) const {
+void JobTable::CheckRoom(const Job& job) const {
+  const JobRequest& request = job.request;
   if (!accepting_) throw Error(ErrorCode::kUnavailable, "the server is shutting down");
-  if (WorkersFor(request.model) == 0) {
+  if (DevicesOf(job.pool) == 0) {
     throw Error(ErrorCode::kUnavailable, "no working device serves model " + request.model);
   }
   if (FindLive(request.id) != nullptr) {
     throw Error(ErrorCode::kAlreadyExists, "job " + request.id + " is live already");
   }
+  const ClipCost& cost = job.view.cost;
   const std::size_t need = cost.waiting_bytes + std::max(cost.step_bytes, cost.decode_bytes);
   if (options_.limits.memory_bytes != 0 && need > options_.limits.memory_bytes) {
     throw Error(ErrorCode::kResourceExhausted,
                 "the clip needs " + std::to_string(need >> 20) + " MiB of device memory, at most " +
                     std::to_string(options_.limits.memory_bytes >> 20) + " MiB are there");
   }
-  const auto queued = std::count_if(live_.begin(), live_.end(), [](const JobPtr& job) {
-    return job->state == JobState::kQueued;
-  });
-  if (queued >= options_.max_queue && !request.readmitted) {
-    throw Error(ErrorCode::kResourceExhausted, "the queue is full: " + std::to_string(queued) +
+  if (queued_ >= options_.max_queue && !request.readmitted) {
+    throw Error(ErrorCode::kResourceExhausted, "the queue is full: " + std::to_string(queued_) +
                                                    " jobs wait, at most " +
                                                    std::to_string(options_.max_queue) + " may");
   }
 }
 
-JobPtr JobTable::Insert(JobRequest request, const ClipCost& cost) {
+void JobTable::CheckDeadline(const Job& job, double eta) const {
+  const auto& deadline = job.request.deadline;
+  if (!deadline || job.request.readmitted) return;
+  const double left = std::max(0.0, InSeconds(*deadline - job.submitted));
+  if (eta <= left && left > 0.0) return;
+  const double own = Policy::RemainingSeconds(job.view);
+  throw Error(ErrorCode::kDeadlineExceeded, "the job would take about " + DescribeSeconds(eta) +
+                                                " (" + DescribeSeconds(eta - own) +
+                                                " of it waiting), its deadline is in " +
+                                                DescribeSeconds(left));
+}
+
+JobPtr JobTable::Insert(JobRequest request, const ClipCost& prior) {
+  if (!(request.tenant_weight > 0)) {
+    throw Error(ErrorCode::kInternal, "a tenant's weight must be positive");
+  }
   auto job = std::make_shared<Job>();
   job->submitted = Clock::now();
   job->submitted_at = std::chrono::system_clock::now();
@@ -106,43 +161,52 @@ JobPtr JobTable::Insert(JobRequest request, const ClipCost& cost) {
   job->checkpoint = std::move(job->request.checkpoint);
   if (job->request.id.empty()) job->request.id = MakeId();
   job->likely_key = LikelyKey(job->request.model, job->request.spec);
+  job->prior = prior;
+  job->view.arrival = job->submitted;
   job->view.priority = job->request.priority;
   job->view.deadline = job->request.deadline;
   job->view.likely_key = job->likely_key;
   job->view.steps_left = job->request.spec.steps;
-  job->view.cost = cost;
 
   const std::lock_guard lock(mutex_);
-  CheckRoom(job->request, cost);
+  job->pool = PoolOf(job->request.model);
+  job->view.cost = LeastCost(*job);
+  CheckRoom(*job);
   job->view.sequence = next_sequence_++;
-  job->devices = WorkersFor(job->request.model);
-  if (const auto& deadline = job->request.deadline; deadline && !job->request.readmitted) {
-    const double left = std::max(0.0, Seconds(*deadline - job->submitted));
-    const double own = Policy::RemainingSeconds(job->view);
-    const double needed = EtaSeconds(*job, CountAhead(*job));
-    if (needed > left || left == 0.0) {
-      throw Error(ErrorCode::kDeadlineExceeded,
-                  "the job would take about " + Describe(needed) + " (" + Describe(needed - own) +
-                      " of it waiting), its deadline is in " + Describe(left));
-    }
+  job->device_seconds = Policy::RemainingSeconds(job->view);
+  queue_.Admit(job.get(), job->request.tenant, job->request.tenant_weight);
+  job->promised_seconds = WaitOf(*job).seconds + job->device_seconds;
+  try {
+    CheckDeadline(*job, job->promised_seconds);
+  } catch (...) {
+    queue_.Retire(job.get());
+    throw;
   }
-  const auto place = std::upper_bound(
-      live_.begin(), live_.end(), job,
-      [](const JobPtr& a, const JobPtr& b) { return Policy::Before(a->view, b->view); });
-  live_.insert(place, job);
+  live_.emplace(job->view.sequence, job);
+  by_id_[job->request.id] = job.get();
+  ++queued_;
   return job;
 }
 
 void JobTable::Publish(const JobPtr& job) {
   const std::lock_guard lock(mutex_);
-  job->published = true;
+  if (job->end_reason) {
+    to_sweep_.push_back(job);
+  } else {
+    queue_.Push(job.get(), Clock::now());
+    if (job->view.deadline) queued_deadlines_.emplace(*job->view.deadline, job.get());
+    if (DevicesOf(job->pool) == 0) to_sweep_.push_back(job);
+  }
   Changed();
 }
 
 void JobTable::Withdraw(const JobPtr& job) {
   job->request.sink.reset();  // it may hold a handle: break the circle
   const std::lock_guard lock(mutex_);
-  std::erase(live_, job);
+  queue_.Retire(job.get());
+  by_id_.erase(job->request.id);
+  live_.erase(job->view.sequence);
+  --queued_;
   Changed();
 }
 
@@ -153,11 +217,21 @@ void JobTable::StopAccepting() {
 
 // --- Ending jobs ---
 
+// Nobody may begin it any more.
+void JobTable::LeaveQueue(Job& job) {
+  queue_.Remove(&job);
+  if (job.view.deadline) queued_deadlines_.erase({*job.view.deadline, &job});
+}
+
 bool JobTable::RequestEndLocked(Job& job, const Error& reason) {
   if (IsFinal(job.state)) return false;
   if (!job.end_reason) {
     job.end_reason = reason;
     job.end_requested = Clock::now();
+    if (job.lane != nullptr) {
+      LeaveQueue(job);
+      to_sweep_.push_back(job.shared_from_this());
+    }
     Changed();
   }
   return true;
@@ -177,7 +251,7 @@ bool JobTable::RequestEnd(const std::string& id, const Error& reason) {
 int JobTable::RequestEndOfAll(const Error& reason) {
   const std::lock_guard lock(mutex_);
   int count = 0;
-  for (const JobPtr& job : live_) count += RequestEndLocked(*job, reason) ? 1 : 0;
+  for (const auto& [sequence, job] : live_) count += RequestEndLocked(*job, reason) ? 1 : 0;
   return count;
 }
 
@@ -195,26 +269,60 @@ void JobTable::Stop() {
   Changed();
 }
 
+void JobTable::RemoveFromWorker(const JobPtr& job) {
+  if (job->owner >= 0) std::erase(workers_[static_cast<std::size_t>(job->owner)].begun, job);
+}
+
+// For Stats: how well the end was foretold, how long a cancel took.
+void JobTable::CountEnd(const Job& job) {
+  const JobResult& result = job.result;
+  if (result.cancel_to_free_seconds) {
+    DurationStats& stats = cancel_to_free_;
+    ++stats.count;
+    stats.last = *result.cancel_to_free_seconds;
+    stats.mean += (stats.last - stats.mean) / static_cast<double>(stats.count);
+    stats.max = std::max(stats.max, stats.last);
+  }
+  if (result.state == JobState::kSucceeded && result.total_seconds > 0) {
+    EtaError& eta = eta_error_;
+    const double rate = MeanRate(++eta.samples);
+    const double error = (job.promised_seconds - result.total_seconds) / result.total_seconds;
+    eta.mean_error += rate * (std::abs(error) - eta.mean_error);
+    eta.bias += rate * (error - eta.bias);
+  }
+}
+
 void JobTable::End(const JobPtr& job, const std::optional<Error>& error) {
   const auto now = Clock::now();
   JobResult& result = job->result;
+  result.error = error;
+  result.device_seconds = result.begin_seconds + result.denoise_seconds + result.decode_seconds;
+  result.total_seconds = InSeconds(now - job->submitted);
   {
     const std::lock_guard lock(mutex_);
-    if (job->state == JobState::kQueued) result.queue_seconds = Seconds(now - job->submitted);
+    if (job->state == JobState::kQueued) {
+      result.queue_seconds = InSeconds(now - job->submitted);
+      LeaveQueue(*job);
+      --queued_;
+    }
     if (!error) {
       job->state = JobState::kSucceeded;
+      costs_.ObserveDecode(KindOf(*job, job->owner), job->prior, job->decode_seconds);
     } else {
       job->state =
           error->code() == ErrorCode::kCancelled ? JobState::kCancelled : JobState::kFailed;
-      if (job->end_reason) result.cancel_to_free_seconds = Seconds(now - job->end_requested);
+      if (job->end_reason) result.cancel_to_free_seconds = InSeconds(now - job->end_requested);
     }
     job->error = error;
     result.state = job->state;
     result.frames = job->frames;
+    CountEnd(*job);
+    queue_.Settle(job.get(), result.device_seconds);
+    queue_.Retire(job.get());
+    RemoveFromWorker(job);
+    by_id_.erase(job->request.id);
+    Changed();
   }
-  result.error = error;
-  result.device_seconds = result.begin_seconds + result.denoise_seconds + result.decode_seconds;
-  result.total_seconds = Seconds(now - job->submitted);
   job->request.sink->OnDone(result);
   // The sink may hold a handle, which holds the job: break the circle.
   job->request.sink.reset();
@@ -222,179 +330,44 @@ void JobTable::End(const JobPtr& job, const std::optional<Error>& error) {
   const std::lock_guard lock(mutex_);
   finished_.push_front(StatusLocked(*job, {}));
   while (static_cast<int>(finished_.size()) > options_.keep_finished) finished_.pop_back();
-  std::erase(live_, job);
+  live_.erase(job->view.sequence);
   Changed();
-}
-
-// --- Turns ---
-
-void JobTable::UpdateStall(Job& job, Clock::time_point now) const {
-  job.view.wants_frames = job.wants_frames.load(std::memory_order_relaxed);
-  if (!job.view.stalled()) {
-    job.stalled_since.reset();
-  } else if (!job.stalled_since) {
-    job.stalled_since = now;
-  }
-}
-
-std::optional<Error> JobTable::WhyEnd(const Job& job, Clock::time_point now,
-                                      Clock::time_point* look_again) const {
-  if (job.end_reason) return job.end_reason;
-  if (const auto& deadline = job.request.deadline) {
-    if (*deadline <= now) {
-      return Error(ErrorCode::kDeadlineExceeded, "the deadline passed " + WhereItStands(job));
-    }
-    *look_again = std::min(*look_again, *deadline);
-  }
-  if (job.stalled_since && options_.stall_seconds > 0) {
-    const auto limit = *job.stalled_since + FromSeconds(options_.stall_seconds);
-    if (limit <= now) {
-      return Error(ErrorCode::kCancelled, "the client took no frames for " +
-                                              Describe(options_.stall_seconds) + " " +
-                                              WhereItStands(job));
-    }
-    *look_again = std::min(*look_again, limit);
-  }
-  return std::nullopt;
-}
-
-JobTable::Turn JobTable::NextTurn(int worker, std::uint64_t epoch) {
-  std::unique_lock lock(mutex_);
-  Turn turn;
-  turn.stop = stop_;
-  if (stop_) return turn;
-
-  const auto now = Clock::now();
-  auto look_again = Clock::time_point::max();
-  std::vector<JobView> views;
-  for (const JobPtr& job : live_) {
-    if (IsFinal(job->state)) continue;
-    if (job->owner == worker) {
-      UpdateStall(*job, now);
-      if (const auto why = WhyEnd(*job, now, &look_again)) {
-        turn.endings.push_back({job, *why});
-        continue;
-      }
-    } else if (job->owner != Job::kNoWorker || !job->published || job->end_reason ||
-               (job->devices & Bit(worker)) == 0) {
-      continue;
-    }
-    views.push_back(job->view);
-    turn.jobs.push_back(job);
-  }
-  if (!turn.endings.empty()) {
-    turn.jobs.clear();
-    return turn;
-  }
-  const Action action = Policy::Plan(views, now, options_.limits);
-  Take(worker, action, &turn);
-  if (action.kind == Action::Kind::kWait) {
-    const auto news = [&] { return epoch_ != epoch; };
-    if (look_again == Clock::time_point::max()) {
-      changed_.wait(lock, news);
-    } else {
-      changed_.wait_until(lock, look_again, news);
-    }
-  }
-  return turn;
-}
-
-// Turns the policy's answer into the worker's: of the jobs that it was shown, those it shall run.
-void JobTable::Take(int worker, const Action& action, Turn* turn) {
-  std::vector<JobPtr> taken;
-  for (const std::size_t i : action.jobs) taken.push_back(turn->jobs[i]);
-  for (const JobPtr& job : taken) {
-    if (action.kind == Action::Kind::kBegin) {
-      job->owner = worker;
-      job->devices = Bit(worker);
-      job->state = JobState::kEncoding;
-    } else if (action.kind == Action::Kind::kDecode) {
-      job->view.phase = JobView::Phase::kDecoding;
-      job->state = JobState::kDecoding;
-    }
-  }
-  turn->kind = action.kind;
-  turn->jobs = std::move(taken);
-}
-
-JobTable::Turn JobTable::NextSweep() {
-  std::unique_lock lock(mutex_);
-  for (;;) {
-    Turn turn;
-    turn.stop = stop_;
-    if (stop_) return turn;
-    const auto now = Clock::now();
-    auto look_again = Clock::time_point::max();
-    for (const JobPtr& job : live_) {
-      if (job->owner != Job::kNoWorker || !job->published) continue;
-      auto why = WhyEnd(*job, now, &look_again);
-      if (!why && job->devices == 0) {
-        why = Error(ErrorCode::kUnavailable,
-                    "no working device serves model " + job->request.model + " any more");
-      }
-      if (!why) continue;
-      job->owner = Job::kSweeper;
-      turn.endings.push_back({job, *why});
-    }
-    if (!turn.endings.empty()) return turn;
-    if (look_again == Clock::time_point::max()) {
-      changed_.wait(lock);
-    } else {
-      changed_.wait_until(lock, look_again);
-    }
-  }
-}
-
-std::uint64_t JobTable::epoch() const {
-  const std::lock_guard lock(mutex_);
-  return epoch_;
-}
-
-void JobTable::Wake() {
-  const std::lock_guard lock(mutex_);
-  Changed();
-}
-
-void JobTable::Changed() {
-  ++epoch_;
-  changed_.notify_all();
 }
 
 // --- Reports ---
 
 Progress JobTable::ReportBegun(const JobPtr& job, int max_batch) {
   const std::lock_guard lock(mutex_);
+  JobView& view = job->view;
   job->batch_key = job->request.model + "/" + job->generation->batch_key();
-  job->view.batch_key = job->batch_key;
-  job->view.max_batch = max_batch;
-  job->view.steps_left = job->request.spec.steps - job->generation->step();
+  view.batch_key = job->batch_key;
+  view.max_batch = max_batch;
+  view.steps_left = job->request.spec.steps - job->generation->step();
   const bool denoised = job->generation->denoised();
-  job->view.phase = denoised ? JobView::Phase::kDenoised : JobView::Phase::kStepping;
+  view.phase = denoised ? JobView::Phase::kDenoised : JobView::Phase::kStepping;
   job->state = JobState::kDenoising;
   return ProgressLocked(*job);
 }
 
-Progress JobTable::ReportStep(const JobPtr& job, double seconds) {
+Progress JobTable::ReportStep(const JobPtr& job, int batch) {
   const std::lock_guard lock(mutex_);
-  job->view.steps_left = job->request.spec.steps - job->generation->step();
-  job->view.cost.step_seconds = seconds;
-  if (job->generation->denoised()) job->view.phase = JobView::Phase::kDenoised;
+  const int kind = KindOf(*job, job->owner);
+  JobView& view = job->view;
+  view.steps_left = job->request.spec.steps - job->generation->step();
+  view.cost.step_seconds = costs_.StepSeconds(kind, job->prior, batch) / batch;
+  view.marginal = costs_.Marginal(kind, job->prior);
+  if (job->generation->denoised()) view.phase = JobView::Phase::kDenoised;
   return ProgressLocked(*job);
 }
 
-Progress JobTable::ReportFrames(const JobPtr& job, int frames) {
+Progress JobTable::ReportFrames(const JobPtr& job, int sent) {
   const std::lock_guard lock(mutex_);
-  job->frames += frames;
+  job->frames += sent;
   const int all = std::max(1, job->request.spec.num_frames);
-  if (job->frames > 0) {
-    job->view.cost.decode_seconds = job->result.decode_seconds * all / job->frames;
+  if (job->decoded > 0) {
+    job->view.cost.decode_seconds = job->decode_seconds * all / job->decoded;
   }
-  job->view.decode_left = std::max(0.0, 1.0 - static_cast<double>(job->frames) / all);
-  return ProgressLocked(*job);
-}
-
-Progress JobTable::CurrentProgress(const JobPtr& job) const {
-  const std::lock_guard lock(mutex_);
+  job->view.decode_left = std::max(0.0, 1.0 - static_cast<double>(job->decoded) / all);
   return ProgressLocked(*job);
 }
 
@@ -408,156 +381,72 @@ void JobTable::AddBusy(int worker, double seconds) {
   workers_[static_cast<std::size_t>(worker)].stats.busy_seconds += seconds;
 }
 
+void JobTable::ObserveBegin(const Job& job, double seconds) {
+  const std::lock_guard lock(mutex_);
+  costs_.ObserveBegin(KindOf(job, job.owner), job.prior, seconds);
+}
+
+void JobTable::ObserveStep(const Job& job, int batch, double seconds) {
+  const std::lock_guard lock(mutex_);
+  costs_.ObserveStep(KindOf(job, job.owner), job.prior, batch, seconds);
+}
+
+void JobTable::ObserveBytes(const Job& job, CostPhase phase, int batch, std::size_t bytes) {
+  const std::lock_guard lock(mutex_);
+  const ClipCost cost = CostOn(job, job.owner);
+  const std::size_t each = phase == CostPhase::kDecode ? cost.decode_bytes : cost.step_bytes;
+  costs_.ObserveBytes(KindOf(job, job.owner), phase, static_cast<double>(each) * batch,
+                      static_cast<double>(bytes));
+}
+
+void JobTable::ObserveOutOfMemory(const Job& job, CostPhase phase) {
+  const std::lock_guard lock(mutex_);
+  costs_.ObserveOutOfMemory(KindOf(job, job.owner), phase);
+}
+
+// --- Lost devices ---
+
 void JobTable::MarkLost(int worker) {
   const std::lock_guard lock(mutex_);
   workers_[static_cast<std::size_t>(worker)].stats.healthy = false;
-  for (const JobPtr& job : live_) job->devices &= ~Bit(worker);
+  for (const auto& [sequence, job] : live_) {
+    if (job->lane != nullptr && DevicesOf(job->pool) == 0) to_sweep_.push_back(job);
+  }
   Changed();
 }
 
-// --- Questions ---
-
-std::uint64_t JobTable::WorkersFor(const std::string& model) const {
-  std::uint64_t bits = 0;
-  for (std::size_t i = 0; i < workers_.size(); ++i) {
-    const std::vector<std::string>& models = workers_[i].models;
-    if (workers_[i].stats.healthy &&
-        std::find(models.begin(), models.end(), model) != models.end()) {
-      bits |= Bit(static_cast<int>(i));
-    }
-  }
-  return bits;
-}
-
-Job* JobTable::FindLive(const std::string& id) const {
-  for (const JobPtr& job : live_) {
-    if (job->request.id == id && !IsFinal(job->state)) return job.get();
-  }
-  return nullptr;
-}
-
-JobTable::Ahead JobTable::CountAhead(const Job& job) const {
-  Ahead ahead;
-  for (const JobPtr& other : live_) {
-    // The others come later. A job that is being admitted is not in the list yet.
-    if (!Policy::Before(other->view, job.view)) break;
-    if ((other->devices & job.devices) == 0 || IsFinal(other->state) || other->view.stalled()) {
-      continue;
-    }
-    ++ahead.jobs;
-    ahead.seconds += Policy::RemainingSeconds(other->view);
-  }
-  return ahead;
-}
-
-double JobTable::EtaSeconds(const Job& job, const Ahead& ahead) {
-  return ahead.seconds / std::max(1, std::popcount(job.devices)) +
-         Policy::RemainingSeconds(job.view);
-}
-
-JobStatus JobTable::StatusLocked(const Job& job, const Ahead& ahead) const {
-  JobStatus status;
-  status.id = job.request.id;
-  status.model = job.request.model;
-  status.tenant = job.request.tenant;
-  if (job.owner >= 0) status.device = workers_[static_cast<std::size_t>(job.owner)].stats.device;
-  status.priority = job.request.priority;
-  status.spec = job.request.spec;
-  status.state = job.state;
-  status.step = job.request.spec.steps - job.view.steps_left;
-  status.frames = job.frames;
-  if (!IsFinal(job.state)) {
-    if (job.state == JobState::kQueued) status.queue_position = ahead.jobs;
-    status.eta_seconds = EtaSeconds(job, ahead);
-  }
-  status.submitted = job.submitted_at;
-  status.error = job.error;
-  return status;
-}
-
-Progress JobTable::ProgressLocked(const Job& job) const {
-  Progress progress;
-  progress.stage = job.state;
-  progress.steps = job.request.spec.steps;
-  progress.step = progress.steps - job.view.steps_left;
-  progress.frames = job.frames;
-  progress.num_frames = job.request.spec.num_frames;
-  progress.eta_seconds = EtaSeconds(job, CountAhead(job));
-  if (job.generation) {
-    const ClipStatistics& statistics = job.generation->statistics();
-    progress.step_seconds = statistics.last_step_seconds;
-    progress.sparsity = statistics.sparsity();
-  }
-  return progress;
-}
-
-std::optional<JobStatus> JobTable::Find(const std::string& id) const {
+bool JobTable::CanRunElsewhere(const JobPtr& job) const {
   const std::lock_guard lock(mutex_);
-  if (const Job* job = FindLive(id)) return StatusLocked(*job, CountAhead(*job));
-  for (const JobPtr& job : live_) {  // over, but its sink is still being told
-    if (job->request.id == id) return StatusLocked(*job, {});
+  return !job->end_reason && DevicesOf(job->pool) != 0;
+}
+
+void JobTable::Requeue(const JobPtr& job) {
+  const std::lock_guard lock(mutex_);
+  const JobResult& result = job->result;
+  queue_.Settle(job.get(), result.begin_seconds + result.denoise_seconds + result.decode_seconds);
+  RemoveFromWorker(job);
+  job->owner = Job::kNoWorker;
+  job->state = JobState::kQueued;
+  job->stalled_since.reset();
+  job->decoded = 0;
+  job->decode_seconds = 0;
+  JobView& view = job->view;
+  view.phase = JobView::Phase::kQueued;
+  view.alone = false;
+  view.wants_frames = true;
+  view.steps_left = job->request.spec.steps;
+  view.decode_left = 1.0;
+  view.cost = LeastCost(*job);
+  ++queued_;
+  ++requeued_;
+  if (job->end_reason) {
+    to_sweep_.push_back(job);
+  } else {
+    queue_.Push(job.get(), Clock::now());
+    if (view.deadline) queued_deadlines_.emplace(*view.deadline, job.get());
+    if (DevicesOf(job->pool) == 0) to_sweep_.push_back(job);
   }
-  for (const JobStatus& status : finished_) {
-    if (status.id == id) return status;
-  }
-  return std::nullopt;
-}
-
-std::vector<JobStatus> JobTable::List() const {
-  const std::lock_guard lock(mutex_);
-  std::vector<JobPtr> live = live_;
-  std::sort(live.begin(), live.end(),
-            [](const JobPtr& a, const JobPtr& b) { return Policy::Before(a->view, b->view); });
-  std::vector<JobStatus> list;
-  list.reserve(live_.size() + finished_.size());
-  // CountAhead for all of them in one pass: sums by set of devices, of which there are few.
-  std::map<std::uint64_t, Ahead> sums;
-  for (const JobPtr& job : live_) {
-    Ahead ahead;
-    for (const auto& [devices, sum] : sums) {
-      if ((devices & job->devices) == 0) continue;
-      ahead.jobs += sum.jobs;
-      ahead.seconds += sum.seconds;
-    }
-    list.push_back(StatusLocked(*job, ahead));
-    if (IsFinal(job->state) || job->view.stalled()) continue;
-    Ahead& sum = sums[job->devices];
-    ++sum.jobs;
-    sum.seconds += Policy::RemainingSeconds(job->view);
-  }
-  list.insert(list.end(), finished_.begin(), finished_.end());
-  return list;
-}
-
-JobStatus JobTable::Status(const JobPtr& job) const {
-  const std::lock_guard lock(mutex_);
-  return StatusLocked(*job, CountAhead(*job));
-}
-
-SchedulerStats JobTable::Stats() const {
-  const std::lock_guard lock(mutex_);
-  SchedulerStats stats;
-  for (const WorkerRecord& worker : workers_) stats.devices.push_back(worker.stats);
-  for (const JobPtr& job : live_) {
-    if (job->state == JobState::kQueued) {
-      ++stats.queued[static_cast<std::size_t>(job->request.priority)];
-    } else if (!IsFinal(job->state)) {
-      ++stats.in_flight;
-      ++stats.devices[static_cast<std::size_t>(job->owner)].in_flight;
-    }
-  }
-  return stats;
-}
-
-bool JobTable::accepting() const {
-  const std::lock_guard lock(mutex_);
-  return accepting_;
-}
-
-bool JobTable::healthy() const {
-  const std::lock_guard lock(mutex_);
-  return std::all_of(workers_.begin(), workers_.end(),
-                     [](const WorkerRecord& worker) { return worker.stats.healthy; });
+  Changed();
 }
 
 }  // namespace slalom

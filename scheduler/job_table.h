@@ -3,26 +3,33 @@
 // work or a sink's calls.
 #pragma once
 
+#include <array>
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
 #include <cstdint>
 #include <deque>
+#include <map>
 #include <memory>
 #include <mutex>
 #include <optional>
+#include <set>
 #include <string>
+#include <unordered_map>
 #include <utility>
 #include <vector>
 
 #include "model/pipeline.h"
+#include "scheduler/cost_model.h"
 #include "scheduler/job.h"
+#include "scheduler/job_queue.h"
 #include "scheduler/options.h"
+#include "scheduler/placement.h"
 #include "scheduler/policy.h"
 
 namespace slalom {
 
-struct Job {
+struct Job : QueuedJob, std::enable_shared_from_this<Job> {
   static constexpr int kNoWorker = -1;
   static constexpr int kSweeper = -2;
 
@@ -30,16 +37,15 @@ struct Job {
   JobRequest request;
   SchedulerClock::time_point submitted;
   std::chrono::system_clock::time_point submitted_at;
+  ClipCost prior;               // Pipeline::Estimate's
+  double promised_seconds = 0;  // the ETA when it was accepted
 
-  // Guarded by the table's mutex.
-  int owner = kNoWorker;      // the worker that has begun it, or that nobody may begin it any more
-  bool published = false;     // OnAccepted has returned
-  std::uint64_t devices = 0;  // bit w: worker w may run it; only its owner's, once it has begun
+  // Guarded by the table's mutex, as is QueuedJob.
+  int owner = kNoWorker;  // the worker that has begun it, or that nobody may begin it any more
   JobState state = JobState::kQueued;
-  JobView view;  // its keys refer to the strings below
   std::string batch_key;
   std::string likely_key;
-  int frames = 0;
+  int frames = 0;                   // handed to the sink
   std::optional<Error> end_reason;  // someone wants it to end
   SchedulerClock::time_point end_requested;
   std::optional<SchedulerClock::time_point> stalled_since;
@@ -53,6 +59,9 @@ struct Job {
   JobResult result;                        // the timings, as they grow
   Checkpoint checkpoint;                   // the newest; what Begin goes on from
   double unsaved_seconds = 0;              // of denoising since then
+  int decoded = 0;                         // frames, on this device
+  double decode_seconds = 0;               // likewise
+  int devices_lost = 0;                    // while a piece of this job ran on them
 };
 
 using JobPtr = std::shared_ptr<Job>;
@@ -60,7 +69,7 @@ using JobPtr = std::shared_ptr<Job>;
 // Thread-safe.
 class JobTable {
  public:
-  explicit JobTable(const SchedulerOptions& options) : options_(options) {}
+  explicit JobTable(const SchedulerOptions& options);
 
   // Before any job comes. Returns the worker's index. Throws Error(kInvalidArgument) when there are
   // more than 64.
@@ -70,7 +79,7 @@ class JobTable {
   // --- Scheduler ---
 
   // Adds a job that no worker sees yet. Throws as Scheduler::Submit does.
-  JobPtr Insert(JobRequest request, const ClipCost& cost);
+  JobPtr Insert(JobRequest request, const ClipCost& prior);
   void Publish(const JobPtr& job);
   void Withdraw(const JobPtr& job);  // instead of Publish
   // Ends the job before its next piece of work. False when it is over already. The first reason
@@ -89,6 +98,7 @@ class JobTable {
   std::vector<JobStatus> List() const;
   JobStatus Status(const JobPtr& job) const;
   SchedulerStats Stats() const;
+  std::string CostState() const;
   bool accepting() const;
   bool healthy() const;
 
@@ -116,15 +126,25 @@ class JobTable {
   std::uint64_t epoch() const;
   void Wake();
 
-  // The owner's reports. Each returns the job's progress as it now stands.
+  // The owner's reports. Those that return a Progress say how the job now stands.
   Progress ReportBegun(const JobPtr& job, int max_batch);
-  Progress ReportStep(const JobPtr& job, double seconds);  // seconds: this job's share
-  Progress ReportFrames(const JobPtr& job, int frames);
+  Progress ReportStep(const JobPtr& job, int batch);   // it shared its step with batch - 1 others
+  Progress ReportFrames(const JobPtr& job, int sent);  // after job->decoded has grown
   Progress CurrentProgress(const JobPtr& job) const;
   // From now on it is stepped by itself.
   void StepAlone(const JobPtr& job);
   void AddBusy(int worker, double seconds);
+  // What a piece of work took: the cost model learns from it.
+  void ObserveBegin(const Job& job, double seconds);
+  void ObserveStep(const Job& job, int batch, double seconds);
+  void ObserveBytes(const Job& job, CostPhase phase, int batch, std::size_t bytes);
+  void ObserveOutOfMemory(const Job& job, CostPhase phase);
   void MarkLost(int worker);
+  // Whether a device is left that could run the job.
+  bool CanRunElsewhere(const JobPtr& job) const;
+  // Back to the queue, to begin anew (or from its checkpoint) on another device. The owner has
+  // dropped the generation, and owns the job no more.
+  void Requeue(const JobPtr& job);
 
   // Ends a job that the caller owns and that holds nothing on the device: fills in its result,
   // calls the sink's OnDone and forgets the job. No error: it succeeded.
@@ -133,29 +153,44 @@ class JobTable {
  private:
   struct WorkerRecord {
     std::vector<std::string> models;
+    std::vector<int> pools;                 // one per model
+    std::vector<std::array<int, 3>> kinds;  // costs_' numbers, per model and attention
     DeviceStats stats;
+    std::vector<JobPtr> begun;
   };
 
   // All with mutex_ held.
   void Changed();
-  std::uint64_t WorkersFor(const std::string& model) const;  // healthy ones, as bits
-  void CheckRoom(const JobRequest& request, const ClipCost& cost) const;
+  std::uint64_t DevicesOf(int pool) const;  // healthy ones, as bits
+  int PoolOf(const std::string& model) const;
+  int KindOf(const Job& job, int worker) const;
+  ClipCost CostOn(const Job& job, int worker) const;
+  ClipCost LeastCost(const Job& job) const;  // on the device that is best for it
+  void CheckRoom(const Job& job) const;
+  void CheckDeadline(const Job& job, double eta) const;
   Job* FindLive(const std::string& id) const;
   bool RequestEndLocked(Job& job, const Error& reason);
-  // What goes before a job on the devices that may run it.
-  struct Ahead {
-    int jobs = 0;
-    double seconds = 0;  // of one device
-  };
-  Ahead CountAhead(const Job& job) const;
-  static double EtaSeconds(const Job& job, const Ahead& ahead);
-  JobStatus StatusLocked(const Job& job, const Ahead& ahead) const;
-  Progress ProgressLocked(const Job& job) const;
-  void UpdateStall(Job& job, SchedulerClock::time_point now) const;
+  void LeaveQueue(Job& job);
+  void RemoveFromWorker(const JobPtr& job);
+  void CountEnd(const Job& job);
+
   // Why the job may not go on, if so; else when to look again, if earlier than `*look_again`.
   std::optional<Error> WhyEnd(const Job& job, SchedulerClock::time_point now,
                               SchedulerClock::time_point* look_again) const;
-  void Take(int worker, const Action& action, Turn* turn);
+  void UpdateStall(Job& job, SchedulerClock::time_point now) const;
+  // The queued jobs that a worker chooses from; true when one was left to another device.
+  bool AddCandidates(int worker, SchedulerClock::time_point now, std::vector<JobPtr>* jobs,
+                     std::vector<JobView>* views);
+  bool PlacedHere(const Job& job, int worker, SchedulerClock::time_point now,
+                  std::vector<double>* handed_on) const;
+  void Take(int worker, const Action& action, const std::vector<JobPtr>& shown, Turn* turn);
+
+  void RefreshRank(Job& job) const;
+  void AddTo(Forecast* forecast, const Job& job) const;
+  Forecast::Wait WaitOf(const Forecast& forecast, const Job& job) const;
+  Forecast::Wait WaitOf(Job& job) const;
+  JobStatus StatusLocked(const Job& job, const Forecast::Wait& wait) const;
+  Progress ProgressLocked(Job& job) const;
 
   const SchedulerOptions options_;
 
@@ -166,8 +201,19 @@ class JobTable {
   bool accepting_ = true;
   bool stop_ = false;
   std::vector<WorkerRecord> workers_;
-  std::vector<JobPtr> live_;        // in the policy's order
+  std::vector<std::string> models_;  // a pool is one model's devices, by its index here
+  CostModel costs_;
+  JobQueue queue_;
+  std::map<std::uint64_t, JobPtr> live_;         // by sequence
+  std::unordered_map<std::string, Job*> by_id_;  // those that are not over
+  // The sweeper's: queued jobs that must end, and those that will at a time.
+  std::vector<JobPtr> to_sweep_;
+  std::set<std::pair<SchedulerClock::time_point, Job*>> queued_deadlines_;
+  int queued_ = 0;
   std::deque<JobStatus> finished_;  // newest first
+  DurationStats cancel_to_free_;
+  std::int64_t requeued_ = 0;
+  EtaError eta_error_;
 };
 
 }  // namespace slalom

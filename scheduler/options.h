@@ -2,11 +2,13 @@
 #pragma once
 
 #include <array>
+#include <cstdint>
 #include <functional>
 #include <string>
 #include <vector>
 
 #include "kernels/attention.h"
+#include "scheduler/cost_model.h"
 #include "scheduler/job.h"
 #include "scheduler/policy.h"
 
@@ -28,6 +30,8 @@ struct SchedulerOptions {
   // never.
   double stall_seconds = 120;
   int keep_finished = 256;  // finished jobs that Find and List still know
+  // What Scheduler::CostState said before a restart; "" or anything else: learn from the start.
+  std::string cost_state;
   // Called from worker threads; must not block. May be empty.
   std::function<void(const StepObservation&)> on_step;
 };
@@ -42,10 +46,30 @@ struct DeviceStats {
   CacheStats prompt_cache;  // likewise
 };
 
+struct DurationStats {
+  std::int64_t count = 0;
+  double last = 0;
+  double mean = 0;
+  double max = 0;
+};
+
+// How the ETA given at Submit compares with what jobs then took, over about the last hundred that
+// succeeded.
+struct EtaError {
+  std::int64_t samples = 0;
+  double mean_error = 0;  // of |taken - promised| / taken
+  double bias = 0;        // of (promised - taken) / taken: above 0 when it promises too little
+};
+
 struct SchedulerStats {
   std::array<int, kNumPriorities> queued{};  // by Priority
   int in_flight = 0;
   std::vector<DeviceStats> devices;
+  std::vector<CostError> cost_errors;
+  EtaError eta_error;
+  // From a cancel, a deadline or a drain to the moment when the job held nothing on its device.
+  DurationStats cancel_to_free;
+  std::int64_t requeued = 0;  // jobs that a lost device gave back
 };
 
 }  // namespace slalom

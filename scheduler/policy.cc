@@ -1,12 +1,16 @@
 #include "scheduler/policy.h"
 
 #include <algorithm>
+#include <cmath>
 #include <optional>
 
 namespace slalom {
 namespace {
 
 using Phase = JobView::Phase;
+using Clock = SchedulerClock;
+
+double Seconds(Clock::duration duration) { return std::chrono::duration<double>(duration).count(); }
 
 // The most that a begun job takes beside its latent.
 std::size_t WorkingBytes(const ClipCost& cost) {
@@ -16,19 +20,16 @@ std::size_t WorkingBytes(const ClipCost& cost) {
 // One call of Plan: the jobs in their order, and what they hold.
 class Planner {
  public:
-  Planner(std::span<const JobView> jobs, SchedulerClock::time_point now, const PolicyLimits& limits)
-      : jobs_(jobs), limits_(limits) {
+  Planner(std::span<const JobView> jobs, Clock::time_point now, const PolicyLimits& limits)
+      : jobs_(jobs), now_(now), limits_(limits) {
+    order_.reserve(jobs.size());
     for (std::size_t i = 0; i < jobs.size(); ++i) {
       if (!jobs[i].deadline || *jobs[i].deadline > now) order_.push_back(i);
       Count(jobs[i]);
     }
-    const auto before = [&](std::size_t a, std::size_t b) {
-      return Policy::Before(jobs_[a], jobs_[b]);
-    };
-    // Usually they come in order.
-    if (!std::is_sorted(order_.begin(), order_.end(), before)) {
-      std::sort(order_.begin(), order_.end(), before);
-    }
+    std::sort(order_.begin(), order_.end(), [&](std::size_t a, std::size_t b) {
+      return Policy::Before(jobs_[a], jobs_[b], now_, limits_.order);
+    });
   }
 
   Action Plan() const {
@@ -97,9 +98,13 @@ class Planner {
     return std::nullopt;
   }
 
-  // Only equals share: a job of lower priority would slow the lead down.
+  Priority ClassOf(const JobView& job) const {
+    return Policy::ClassOf(job.priority, job.arrival, now_, limits_.order);
+  }
+
+  // Only equals share: a job of a lower class would slow the lead down.
   bool MayShare(const JobView& lead, const JobView& other) const {
-    return !other.alone && other.priority == lead.priority &&
+    return !other.alone && ClassOf(other) == ClassOf(lead) &&
            (other.begun() ? other.batch_key == lead.batch_key
                           : other.likely_key == lead.likely_key);
   }
@@ -110,7 +115,7 @@ class Planner {
     const auto room =
         static_cast<std::size_t>(std::max(1, std::min(limits_.max_batch, lead.max_batch)));
     Action action{Action::Kind::kDenoise, {lead_index}};
-    if (lead.alone || room == 1) return action;
+    if (lead.alone || room == 1 || lead.marginal > 1.0 - limits_.min_batch_gain) return action;
 
     std::size_t bytes = lead.cost.step_bytes;
     for (const std::size_t i : order_) {
@@ -123,24 +128,28 @@ class Planner {
       action.jobs.push_back(i);
     }
     if (action.jobs.size() < room && !queue_blocked) {
-      if (const auto joiner = Joiner(lead)) return {Action::Kind::kBegin, {*joiner}};
+      if (const auto joiner = Joiner(lead, bytes)) return {Action::Kind::kBegin, {*joiner}};
     }
     return action;
   }
 
-  // The next queued job, if it is worth beginning now so that it shares the lead's later steps.
-  std::optional<std::size_t> Joiner(const JobView& lead) const {
+  // A queued job that is worth beginning now so that it shares the lead's later steps. The last
+  // place in flight is not for joiners: it is kept for a job that goes before all of them.
+  std::optional<std::size_t> Joiner(const JobView& lead, std::size_t batch_bytes) const {
+    if (in_flight_ + 1 >= limits_.max_in_flight && in_flight_ > 1) return std::nullopt;
     for (const std::size_t i : order_) {
       const JobView& job = jobs_[i];
-      if (job.phase != Phase::kQueued) continue;
+      if (job.phase != Phase::kQueued || !MayShare(lead, job)) continue;
       const bool pays = job.cost.begin_seconds <= lead.steps_left * lead.cost.step_seconds;
-      if (pays && MayShare(lead, job) && CanBegin(job)) return i;
+      const bool fits = Fits(batch_bytes + job.cost.waiting_bytes + job.cost.step_bytes);
+      if (pays && fits && CanBegin(job)) return i;
       break;
     }
     return std::nullopt;
   }
 
   const std::span<const JobView> jobs_;
+  const Clock::time_point now_;
   const PolicyLimits& limits_;
   std::vector<std::size_t> order_;
   int in_flight_ = 0;
@@ -151,14 +160,50 @@ class Planner {
 
 }  // namespace
 
-Action Policy::Plan(std::span<const JobView> jobs, SchedulerClock::time_point now,
+Action Policy::Plan(std::span<const JobView> jobs, Clock::time_point now,
                     const PolicyLimits& limits) {
   return Planner(jobs, now, limits).Plan();
 }
 
-bool Policy::Before(const JobView& a, const JobView& b) {
-  if (a.priority != b.priority) return a.priority > b.priority;
+bool Policy::Before(const JobView& a, const JobView& b, Clock::time_point now,
+                    const PolicyOrder& order) {
+  const Priority class_a = ClassOf(a.priority, a.arrival, now, order);
+  const Priority class_b = ClassOf(b.priority, b.arrival, now, order);
+  if (class_a != class_b) return class_a > class_b;
+  if (a.rank != b.rank) return a.rank < b.rank;
   return a.sequence < b.sequence;
+}
+
+double Policy::BaseRank(Clock::time_point arrival, double device_seconds, double weight,
+                        std::optional<Clock::time_point> deadline, const PolicyOrder& order) {
+  double rank = Seconds(arrival.time_since_epoch());
+  if (order.stretch <= 0) return rank;
+  rank += order.stretch * device_seconds / weight;
+  if (deadline) rank = std::min(rank, Seconds(deadline->time_since_epoch()));
+  return rank;
+}
+
+Priority Policy::ClassOf(Priority priority, Clock::time_point arrival, Clock::time_point now,
+                         const PolicyOrder& order) {
+  if (!order.classes) return Priority::kNormal;
+  if (priority == Priority::kHigh || order.ageing_seconds <= 0) return priority;
+  const double steps = std::floor(std::max(0.0, Seconds(now - arrival)) / order.ageing_seconds);
+  const double top = static_cast<double>(Priority::kHigh);
+  return static_cast<Priority>(
+      static_cast<int>(std::min(top, static_cast<double>(priority) + steps)));
+}
+
+std::optional<Clock::time_point> Policy::NextClassChange(Priority priority,
+                                                         Clock::time_point arrival,
+                                                         Clock::time_point now,
+                                                         const PolicyOrder& order) {
+  if (!order.classes || order.ageing_seconds <= 0) return std::nullopt;
+  const Priority current = ClassOf(priority, arrival, now, order);
+  if (current == Priority::kHigh) return std::nullopt;
+  const int steps = static_cast<int>(current) - static_cast<int>(priority) + 1;
+  const auto wait = std::chrono::duration<double>(steps * order.ageing_seconds);
+  // A moment later than the arithmetic says, so that rounding cannot leave it just short.
+  return arrival + std::chrono::ceil<Clock::duration>(wait) + std::chrono::microseconds(1);
 }
 
 double Policy::RemainingSeconds(const JobView& job) {

@@ -1,4 +1,5 @@
-// Who runs next on a device. A pure function of what it is shown: no threads, no clock, no device.
+// Who runs next on a device. Pure functions of what they are shown: no threads, no clock, no
+// device.
 #pragma once
 
 #include <cstddef>
@@ -24,7 +25,11 @@ struct JobView {
   Phase phase = Phase::kQueued;
   Priority priority = Priority::kNormal;
   std::uint64_t sequence = 0;  // order of arrival, unique
+  SchedulerClock::time_point arrival;
   std::optional<SchedulerClock::time_point> deadline;
+  // Its place within its class: lower goes first. Policy::BaseRank plus what its tenant has used
+  // (JobQueue); it stays as it was when the job began.
+  double rank = 0;
   // Begun jobs with equal batch keys may share a step. Which jobs will have equal ones is guessed
   // from their specs before they have begun: equal likely keys.
   std::string_view batch_key;
@@ -35,6 +40,9 @@ struct JobView {
   int steps_left = 0;
   double decode_left = 1.0;  // fraction of the frames
   ClipCost cost;
+  // What one more such clip adds to the seconds of a shared step, over cost.step_seconds: 1 when a
+  // device gains nothing from larger batches.
+  double marginal = 0.8;
 
   bool begun() const { return phase != Phase::kQueued; }
   // Its next piece of work would make frames that nobody takes.
@@ -43,11 +51,26 @@ struct JobView {
   }
 };
 
+// How jobs are ordered. The defaults are the service's; others are there to compare with.
+struct PolicyOrder {
+  // Seconds of waiting that a job yields for each device second that it, or its tenant, takes: a
+  // clip of a minute lets pass what comes within stretch minutes and is small. 0: by arrival.
+  // 20 is where the short jobs' p95 no longer gains (tests/bench/simulate, RESULTS.md).
+  double stretch = 20;
+  bool fair_share = true;  // tenants that used more stand behind those that used less
+  bool classes = true;     // priority comes before everything else
+  // A job that has waited so long counts as one class higher; twice as long, two. 0: never.
+  double ageing_seconds = 3600;
+};
+
 struct PolicyLimits {
   int max_in_flight = 8;         // begun and not done, per device
   int max_decoding = 1;          // decoders whose client reads, per device
   int max_batch = 1;             // clips per denoising step
   std::size_t memory_bytes = 0;  // device memory for clips in flight; 0: no limit
+  // Clips share a step when each more costs at most 1 - min_batch_gain of a step alone.
+  double min_batch_gain = 0.1;
+  PolicyOrder order;
 };
 
 // One bounded piece of device work.
@@ -59,16 +82,31 @@ struct Action {
 
 class Policy {
  public:
-  // The next piece of work among `jobs`: those that this device has begun and the queued ones that
-  // it could begin. The order is priority, then arrival; the first job that can use the device
-  // gets it, and other jobs join its step where batching helps. A job whose deadline has passed
-  // gets nothing. Never plans beyond the limits, except that a job which is alone on the device
-  // always runs.
+  // The next piece of work among `jobs`: all that this device has begun, and of the queued ones
+  // that it could begin at least the first, and the first of each likely key that the begun ones
+  // have (JobQueue finds them). The first job in order that can use the device gets it, and other
+  // jobs join its step where that pays. A job whose deadline has passed gets nothing. Never plans
+  // beyond the limits, except that a job which is alone on the device always runs.
   static Action Plan(std::span<const JobView> jobs, SchedulerClock::time_point now,
                      const PolicyLimits& limits);
 
-  // True when a goes before b.
-  static bool Before(const JobView& a, const JobView& b);
+  // True when a goes before b: class, then rank, then arrival.
+  static bool Before(const JobView& a, const JobView& b, SchedulerClock::time_point now,
+                     const PolicyOrder& order);
+
+  // A job's place by itself, in seconds of the scheduler's clock: when it came, plus what it yields
+  // to smaller ones; its deadline when that is sooner. `weight` is its tenant's share.
+  static double BaseRank(SchedulerClock::time_point arrival, double device_seconds, double weight,
+                         std::optional<SchedulerClock::time_point> deadline,
+                         const PolicyOrder& order);
+
+  // The job's priority now: it grows with age.
+  static Priority ClassOf(Priority priority, SchedulerClock::time_point arrival,
+                          SchedulerClock::time_point now, const PolicyOrder& order);
+  // When ClassOf next changes; nothing when it never will.
+  static std::optional<SchedulerClock::time_point> NextClassChange(
+      Priority priority, SchedulerClock::time_point arrival, SchedulerClock::time_point now,
+      const PolicyOrder& order);
 
   // Device seconds that a job still needs.
   static double RemainingSeconds(const JobView& job);

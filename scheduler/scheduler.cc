@@ -132,6 +132,7 @@ SchedulerStats Scheduler::Stats() const {
   }
   return stats;
 }
+std::string Scheduler::CostState() const { return table_->CostState(); }
 bool Scheduler::accepting() const { return table_->accepting(); }
 bool Scheduler::healthy() const { return table_->healthy(); }
 void Scheduler::StopAccepting() { table_->StopAccepting(); }

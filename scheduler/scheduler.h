@@ -52,6 +52,9 @@ class Scheduler {
   // Live jobs in the order in which they will run, then finished ones, newest first.
   std::vector<JobStatus> List() const;
   SchedulerStats Stats() const;
+  // What the cost model has learned, a few kilobytes of text, for SchedulerOptions::cost_state
+  // after a restart.
+  std::string CostState() const;
 
   // False once draining has begun.
   bool accepting() const;

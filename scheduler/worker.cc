@@ -28,6 +28,37 @@ bool DeviceLost(const std::optional<Error>& error) {
   return error && error->code() == ErrorCode::kUnavailable;
 }
 
+bool OutOfMemory(const std::optional<Error>& error) {
+  return error && error->code() == ErrorCode::kResourceExhausted;
+}
+
+// What a piece of work held at its peak, if it set a new peak: then, and only then, it is known.
+class PeakMeter {
+ public:
+  explicit PeakMeter(const Pipeline& pipeline) : pipeline_(pipeline), before_(pipeline.Memory()) {}
+  std::optional<std::size_t> bytes() const {
+    const std::size_t peak = pipeline_.Memory().bytes_peak;
+    if (peak <= before_.bytes_peak || peak <= before_.bytes_in_use) return std::nullopt;
+    return peak - before_.bytes_in_use;
+  }
+
+ private:
+  const Pipeline& pipeline_;
+  const MemoryStats before_;
+};
+
+// The frames from number `first` on.
+FrameBatch WithoutFirst(FrameBatch frames, int first) {
+  const int skipped = std::min(first - frames.first_frame, frames.num_frames());
+  if (skipped <= 0) return frames;
+  FrameBatch rest;
+  rest.first_frame = first;
+  if (skipped < frames.num_frames()) {
+    rest.pixels = frames.pixels.Slice(skipped, frames.num_frames());
+  }
+  return rest;
+}
+
 std::vector<std::string> Names(const std::vector<std::unique_ptr<Pipeline>>& pipelines) {
   std::vector<std::string> names;
   for (const auto& pipeline : pipelines) names.push_back(pipeline->info().name);
@@ -143,7 +174,10 @@ bool Worker::Tell(const JobPtr& job, Call&& call) {
 void Worker::Begin(const JobPtr& job) {
   jobs_.push_back(job);
   const auto waited = SchedulerClock::now() - job->submitted;
-  job->result.queue_seconds = std::chrono::duration<double>(waited).count();
+  // After the loss of a device: as it was the first time.
+  if (job->result.begin_seconds == 0) {
+    job->result.queue_seconds = std::chrono::duration<double>(waited).count();
+  }
   const Progress encoding = table_->CurrentProgress(job);
   if (!Tell(job, [&](JobSink& sink) { sink.OnProgress(encoding); })) return;
 
@@ -153,8 +187,9 @@ void Worker::Begin(const JobPtr& job) {
     job->generation = BeginOrGoOn(pipeline, *job);
     max_batch = pipeline.MaxBatch(job->request.spec);
   });
-  job->result.begin_seconds = outcome.seconds;
+  job->result.begin_seconds += outcome.seconds;
   if (outcome.error) return Failed(job, *outcome.error);
+  if (!job->checkpoint) table_->ObserveBegin(*job, outcome.seconds);
   const Progress begun = table_->ReportBegun(job, max_batch);
   Tell(job, [&](JobSink& sink) { sink.OnProgress(begun); });
 }
@@ -168,13 +203,21 @@ void Worker::Denoise(const std::vector<JobPtr>& jobs) {
     steps_before.push_back(job->generation->step());
   }
   std::vector<Pipeline::StepFailure> failures;
+  const PeakMeter peak(pipeline);
   const Outcome outcome = OnDevice([&] { failures = pipeline.DenoiseStep(batch); });
   const double share = outcome.seconds / static_cast<double>(jobs.size());
+  const int size = static_cast<int>(jobs.size());
   for (const JobPtr& job : jobs) job->result.denoise_seconds += share;
-  if (DeviceLost(outcome.error)) return LoseDevice(*outcome.error);
+  if (DeviceLost(outcome.error)) return LoseDevice(*outcome.error, jobs);
+  if (!outcome.error && failures.empty()) {
+    table_->ObserveStep(*jobs.front(), size, outcome.seconds);
+    if (peak.bytes()) table_->ObserveBytes(*jobs.front(), CostPhase::kStep, size, *peak.bytes());
+  } else if (OutOfMemory(outcome.error) && size == 1) {
+    table_->ObserveOutOfMemory(*jobs.front(), CostPhase::kStep);
+  }
   if (!outcome.error && options_.on_step) {
     options_.on_step({device_, jobs.front()->request.model, jobs.front()->request.spec.attention,
-                      static_cast<int>(jobs.size()), outcome.seconds});
+                      size, outcome.seconds});
   }
 
   for (std::size_t i = 0; i < jobs.size() && !lost_; ++i) {
@@ -183,7 +226,7 @@ void Worker::Denoise(const std::vector<JobPtr>& jobs) {
     if (failure != failures.end()) {
       End(jobs[i], Error(ErrorCode::kInternal, failure->message));
     } else if (!outcome.error || batch[i]->step() > steps_before[i]) {
-      Stepped(jobs[i], share);
+      Stepped(jobs[i], size, share);
     } else if (jobs.size() > 1) {
       // Nobody knows whose fault it was. Those that have not moved try again, each by itself: who
       // fails then has failed alone.
@@ -194,8 +237,8 @@ void Worker::Denoise(const std::vector<JobPtr>& jobs) {
   }
 }
 
-void Worker::Stepped(const JobPtr& job, double share) {
-  const Progress progress = table_->ReportStep(job, share);
+void Worker::Stepped(const JobPtr& job, int batch, double share) {
+  const Progress progress = table_->ReportStep(job, batch);
   if (!Tell(job, [&](JobSink& sink) { sink.OnProgress(progress); })) return;
   if (!MakeCheckpoint(job, share)) return;
 
@@ -222,7 +265,7 @@ bool Worker::MakeCheckpoint(const JobPtr& job, double share) {
         Find(job->request.model)->Save(*job->generation));
   });
   if (DeviceLost(outcome.error)) {
-    LoseDevice(*outcome.error);
+    LoseDevice(*outcome.error, {job});
     return false;
   }
   if (outcome.error) return true;
@@ -232,19 +275,26 @@ bool Worker::MakeCheckpoint(const JobPtr& job, double share) {
 }
 
 void Worker::Decode(const JobPtr& job) {
+  const Pipeline& pipeline = *Find(job->request.model);
   FrameBatch frames;
-  const Outcome outcome =
-      OnDevice([&] { frames = Find(job->request.model)->DecodeNext(*job->generation); });
+  const PeakMeter peak(pipeline);
+  const Outcome outcome = OnDevice([&] { frames = pipeline.DecodeNext(*job->generation); });
   job->result.decode_seconds += outcome.seconds;
+  job->decode_seconds += outcome.seconds;
+  if (OutOfMemory(outcome.error)) table_->ObserveOutOfMemory(*job, CostPhase::kDecode);
   if (outcome.error) return Failed(job, *outcome.error);
+  if (peak.bytes()) table_->ObserveBytes(*job, CostPhase::kDecode, 1, *peak.bytes());
 
+  const bool last = frames.num_frames() == 0 || job->generation->decoded();
+  job->decoded += frames.num_frames();
+  // What another device had handed out before it was lost comes again, bit for bit: not twice.
+  frames = WithoutFirst(std::move(frames), job->frames);
   const Progress progress = table_->ReportFrames(job, frames.num_frames());
   const bool told = Tell(job, [&](JobSink& sink) {
     sink.OnProgress(progress);
     if (frames.num_frames() > 0) sink.OnFrames(frames);
   });
-  if (!told) return;
-  if (frames.num_frames() == 0 || job->generation->decoded()) End(job, std::nullopt);
+  if (told && last) End(job, std::nullopt);
 }
 
 void Worker::End(const JobPtr& job, const std::optional<Error>& error) {
@@ -259,18 +309,29 @@ void Worker::End(const JobPtr& job, const std::optional<Error>& error) {
 
 void Worker::Failed(const JobPtr& job, const Error& error) {
   if (DeviceLost(error)) {
-    LoseDevice(error);
+    LoseDevice(error, {job});
   } else {
     End(job, error);
   }
 }
 
-void Worker::LoseDevice(const Error& error) {
+void Worker::LoseDevice(const Error& error, const std::vector<JobPtr>& at_work) {
   lost_ = true;
   table_->MarkLost(index_);
-  const std::vector<JobPtr> jobs = std::exchange(jobs_, {});
-  for (const JobPtr& job : jobs) {
-    End(job, Error(ErrorCode::kUnavailable, "device " + device_ + " is lost: " + error.what()));
+  // `at_work` may refer into jobs_.
+  for (const JobPtr& job : std::vector<JobPtr>(at_work)) ++job->devices_lost;
+  for (const JobPtr& job : std::exchange(jobs_, {})) {
+    const Error lost(ErrorCode::kUnavailable, "device " + device_ + " is lost: " + error.what());
+    // Two devices lost over one job are its fault, most likely: the third is not risked.
+    if (job->devices_lost > 1 || !table_->CanRunElsewhere(job)) {
+      End(job, lost);
+      continue;
+    }
+    job->generation.reset();
+    Progress progress;
+    progress.steps = job->request.spec.steps;
+    progress.num_frames = job->request.spec.num_frames;
+    if (Tell(job, [&](JobSink& sink) { sink.OnProgress(progress); })) table_->Requeue(job);
   }
 }
 

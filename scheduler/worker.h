@@ -16,8 +16,8 @@ namespace slalom {
 // does that one bounded piece of work; between two pieces jobs are cancelled, expire, come and go.
 //
 // It is one of the seams where an Error ends: it fails the job that it came from and no other.
-// UNAVAILABLE from a pipeline means that the device is lost: all its jobs fail with it, the table
-// hears of it, and the thread ends.
+// UNAVAILABLE from a pipeline means that the device is lost: the table hears of it, its jobs go
+// back to the queue where another device serves their model, and fail otherwise; the thread ends.
 class Worker {
  public:
   // All pipelines stand on one device. Start begins the thread.
@@ -42,12 +42,13 @@ class Worker {
   void Loop();
   void Begin(const JobPtr& job);
   void Denoise(const std::vector<JobPtr>& jobs);
-  void Stepped(const JobPtr& job, double share);
+  void Stepped(const JobPtr& job, int batch, double share);
   bool MakeCheckpoint(const JobPtr& job, double share);
   void Decode(const JobPtr& job);
   void End(const JobPtr& job, const std::optional<Error>& error);
   void Failed(const JobPtr& job, const Error& error);
-  void LoseDevice(const Error& error);
+  // `at_work`: whose piece of work it was.
+  void LoseDevice(const Error& error, const std::vector<JobPtr>& at_work);
   template <typename Work>
   Outcome OnDevice(Work&& work);
   template <typename Call>

@@ -22,11 +22,12 @@ std::string OrderFor(const ClipSpec& spec, const std::string& place) {
   return "";
 }
 
-void Obey(const std::string& order, const std::string& place) {
+void Obey(const FakeOptions& options, const std::string& order, const std::string& place) {
   if (order == "oom") {
     throw Error(ErrorCode::kResourceExhausted, "out of device memory at " + place);
   }
-  if (order == "lost") throw Error(ErrorCode::kUnavailable, "sticky device error at " + place);
+  if (order == "lost" && !options.lasting)
+    throw Error(ErrorCode::kUnavailable, "sticky device error at " + place);
   if (order == "error") throw Error(ErrorCode::kInternal, "ordered to fail at " + place);
   if (order == "throw") throw std::runtime_error("ordered to throw at " + place);
 }
@@ -230,7 +231,7 @@ std::unique_ptr<Generation> FakePipeline::Begin(const ClipSpec& spec) const {
   const Visit visit(*this);
   options_.journal->Write("begin " + spec.prompt);
   std::this_thread::sleep_for(options_.begin_time);
-  Obey(OrderFor(spec, "begin"), "begin");
+  Obey(options_, OrderFor(spec, "begin"), "begin");
   return std::make_unique<FakeGeneration>(spec, options_.journal);
 }
 
@@ -271,8 +272,8 @@ std::vector<Pipeline::StepFailure> FakePipeline::DenoiseStep(
   std::this_thread::sleep_for(options_.step_time);
   for (const Generation* generation : batch) {
     const std::string place = "step" + std::to_string(generation->step() + 1);
-    Obey(OrderFor(generation->spec(), place), place);
-    if (batch.size() > 1) Obey(OrderFor(generation->spec(), "batch"), "batch");
+    Obey(options_, OrderFor(generation->spec(), place), place);
+    if (batch.size() > 1) Obey(options_, OrderFor(generation->spec(), "batch"), "batch");
   }
   std::vector<StepFailure> failures;
   for (Generation* generation : batch) {
@@ -295,7 +296,7 @@ FrameBatch FakePipeline::DecodeNext(Generation& generation) const {
   options_.journal->Write("decode " + fake.spec_.prompt);
   std::this_thread::sleep_for(options_.decode_time);
   const std::string place = "decode" + std::to_string(++fake.decodes_);
-  Obey(OrderFor(fake.spec_, place), place);
+  Obey(options_, OrderFor(fake.spec_, place), place);
 
   FrameBatch frames;
   frames.first_frame = fake.frames_;
@@ -318,7 +319,7 @@ FrameBatch FakePipeline::DecodeNext(Generation& generation) const {
 
 Tensor FakePipeline::Preview(const Generation& generation) const {
   const Visit visit(*this);
-  Obey(OrderFor(generation.spec(), "preview"), "preview");
+  Obey(options_, OrderFor(generation.spec(), "preview"), "preview");
   const ClipSpec& spec = generation.spec();
   Tensor image = Tensor::Host({spec.height / 8, spec.width / 8, 3}, DType::kU8);
   std::fill_n(image.data<std::uint8_t>(), image.NumElements(),

@@ -59,7 +59,8 @@ struct FakeOptions {
   std::chrono::microseconds decode_time{0};  // of one DecodeNext
   int frames_per_decode = 4;                 // the first call gives 1, as a causal VAE does
   int max_batch = 1;
-  ClipCost cost;  // what Estimate says
+  bool lasting = false;  // deaf to "lost"
+  ClipCost cost;         // what Estimate says
   MemoryStats memory;
   std::shared_ptr<FakeJournal> journal = std::make_shared<FakeJournal>();
 };

@@ -18,6 +18,8 @@ JobView Make(Phase phase, std::uint64_t sequence, Priority priority = Priority::
   JobView job;
   job.phase = phase;
   job.sequence = sequence;
+  job.rank = static_cast<double>(sequence);
+  job.arrival = kNow;
   job.priority = priority;
   job.batch_key = "small";
   job.likely_key = "small";
@@ -168,8 +170,8 @@ TEST(Policy, QueuedJobsBeginToFillABatch) {
   JobView other = queued;
   other.likely_key = "large";
   EXPECT_EQ(Plan({lead, other}, Batches(2)), "denoise 0");
-  // Nobody overtakes the head of the queue.
-  EXPECT_EQ(Plan({lead, other, Make(Phase::kQueued, 3)}, Batches(2)), "denoise 0");
+  // Who can share does, whoever stands before it: it takes little from others.
+  EXPECT_EQ(Plan({lead, other, Make(Phase::kQueued, 3)}, Batches(2)), "begin 2");
 
   JobView nearly_done = lead;
   nearly_done.steps_left = 1;

@@ -1,0 +1,259 @@
+#include "scheduler/job_queue.h"
+
+#include <queue>
+
+namespace slalom {
+
+// Jobs that agree in all that can change their order among others.
+struct JobLane {
+  struct Earlier {
+    bool operator()(const QueuedJob* a, const QueuedJob* b) const {
+      if (a->base_rank != b->base_rank) return a->base_rank < b->base_rank;
+      return a->view.sequence < b->view.sequence;
+    }
+  };
+  int pool = 0;
+  int current_class = 0;
+  int tenant = 0;
+  std::string likely_key;
+  std::set<QueuedJob*, Earlier> jobs;
+  // Of its first job; constant while the lane is linked.
+  double rank = 0;
+  std::uint64_t sequence = 0;
+};
+
+bool JobQueue::ByRank::operator()(const JobLane* a, const JobLane* b) const {
+  if (a->rank != b->rank) return a->rank < b->rank;
+  return a->sequence < b->sequence;
+}
+
+JobQueue::JobQueue(const PolicyOrder& order) : order_(order) {}
+JobQueue::~JobQueue() = default;
+
+// --- A job's way ---
+
+void JobQueue::Admit(QueuedJob* job, const std::string& tenant, double weight) {
+  job->tenant = fair_share_.Enter(tenant, weight);
+  const auto tenants = static_cast<std::size_t>(job->tenant) + 1;
+  if (tenant_lanes_.size() < tenants) tenant_lanes_.resize(tenants);
+  job->base_rank =
+      Policy::BaseRank(job->view.arrival, job->device_seconds, weight, job->view.deadline, order_);
+  job->view.rank = RankOf(*job);
+}
+
+void JobQueue::Push(QueuedJob* job, SchedulerClock::time_point now) {
+  const JobView& view = job->view;
+  PushIntoClass(job, Policy::ClassOf(view.priority, view.arrival, now, order_));
+  if (const auto change = Policy::NextClassChange(view.priority, view.arrival, now, order_)) {
+    promotions_.emplace(*change, job);
+  }
+  ++size_;
+}
+
+void JobQueue::Remove(QueuedJob* job) {
+  if (job->lane == nullptr) return;
+  job->view.rank = RankOf(*job);
+  RemoveFromLane(job);
+  const JobView& view = job->view;
+  // Its entry is the one change after that which Age has already made: at most two to look for.
+  for (auto at = view.arrival;;) {
+    const auto change = Policy::NextClassChange(view.priority, view.arrival, at, order_);
+    if (!change || promotions_.erase({*change, job}) > 0) break;
+    at = *change;
+  }
+  --size_;
+}
+
+void JobQueue::Begin(QueuedJob* job) {
+  Remove(job);
+  job->charged += job->device_seconds;
+  Charge(job->tenant, job->device_seconds);
+}
+
+void JobQueue::Settle(QueuedJob* job, double device_seconds) {
+  Charge(job->tenant, device_seconds - job->charged);
+  job->charged = device_seconds;
+}
+
+void JobQueue::Retire(QueuedJob* job) {
+  Remove(job);
+  fair_share_.Leave(job->tenant);
+  job->tenant = -1;
+}
+
+// --- Candidates ---
+
+void JobQueue::Age(SchedulerClock::time_point now) {
+  while (!promotions_.empty() && promotions_.begin()->first <= now) {
+    QueuedJob* job = promotions_.begin()->second;
+    promotions_.erase(promotions_.begin());
+    RemoveFromLane(job);
+    const JobView& view = job->view;
+    PushIntoClass(job, Policy::ClassOf(view.priority, view.arrival, now, order_));
+    if (const auto change = Policy::NextClassChange(view.priority, view.arrival, now, order_)) {
+      promotions_.emplace(*change, job);
+    }
+  }
+}
+
+QueuedJob* JobQueue::First(std::span<const int> pools, const Accept& accept, int most) const {
+  struct Place {
+    double rank;
+    std::uint64_t sequence;
+    const JobLane* lane;
+    decltype(JobLane::jobs)::const_iterator job;
+    bool operator>(const Place& other) const {
+      return rank != other.rank ? rank > other.rank : sequence > other.sequence;
+    }
+  };
+  for (int c = kNumPriorities - 1; c >= 0; --c) {
+    // Each pool's lanes come in order; they are merged with what follows in lanes already open.
+    std::priority_queue<Place, std::vector<Place>, std::greater<>> open;
+    std::vector<std::pair<Lanes::const_iterator, Lanes::const_iterator>> rest;
+    const auto open_next = [&](auto& lanes) {
+      if (lanes.first == lanes.second) return;
+      const JobLane* lane = *lanes.first++;
+      open.push({lane->rank, lane->sequence, lane, lane->jobs.begin()});
+    };
+    const JobLane* first = nullptr;
+    for (const int pool : pools) {
+      const auto found = pools_.find(pool);
+      if (found == pools_.end()) continue;
+      const Lanes& lanes = found->second.classes[c].all;
+      if (lanes.empty()) continue;
+      if (first == nullptr || ByRank()(*lanes.begin(), first)) first = *lanes.begin();
+      rest.emplace_back(lanes.begin(), lanes.end());
+    }
+    if (first == nullptr) continue;
+    QueuedJob* best = Front(*first);
+    if (!accept || accept(*best)) return best;
+    // The long way: somebody else is the better place for the first.
+    for (auto& lanes : rest) open_next(lanes);
+    for (int seen = 0; !open.empty() && seen < most; ++seen) {
+      Place place = open.top();
+      open.pop();
+      if (place.job == place.lane->jobs.begin()) {
+        // A lane's successor in its pool becomes a candidate with it.
+        for (auto& lanes : rest) {
+          if (lanes.first != lanes.second && (*lanes.first)->pool == place.lane->pool) {
+            open_next(lanes);
+          }
+        }
+      }
+      QueuedJob* job = *place.job;
+      job->view.rank = place.rank;
+      // The very first has been asked about already.
+      if (seen > 0 && accept(*job)) return job;
+      if (++place.job != place.lane->jobs.end()) {
+        place.rank = (*place.job)->base_rank + Usage(place.lane->tenant);
+        place.sequence = (*place.job)->view.sequence;
+        open.push(place);
+      }
+    }
+  }
+  return nullptr;
+}
+
+QueuedJob* JobQueue::FirstLike(int pool, std::string_view likely_key,
+                               Priority current_class) const {
+  const auto found = pools_.find(pool);
+  if (found == pools_.end()) return nullptr;
+  const auto& by_key = found->second.classes[static_cast<int>(current_class)].by_key;
+  const auto lanes = by_key.find(likely_key);
+  return lanes == by_key.end() ? nullptr : Front(**lanes->second.begin());
+}
+
+double JobQueue::RankOf(const QueuedJob& job) const { return job.base_rank + Usage(job.tenant); }
+
+// --- Lanes ---
+
+double JobQueue::Usage(int tenant) const {
+  return order_.fair_share ? order_.stretch * fair_share_.used(tenant) : 0.0;
+}
+
+QueuedJob* JobQueue::Front(const JobLane& lane) const {
+  QueuedJob* job = *lane.jobs.begin();
+  job->view.rank = lane.rank;
+  return job;
+}
+
+JobQueue::ClassLanes& JobQueue::LanesOf(const JobLane& lane) {
+  return pools_[lane.pool].classes[lane.current_class];
+}
+
+// Sorts the lane in, by its first job.
+void JobQueue::Link(JobLane* lane) {
+  const QueuedJob* first = *lane->jobs.begin();
+  lane->rank = first->base_rank + Usage(lane->tenant);
+  lane->sequence = first->view.sequence;
+  ClassLanes& lanes = LanesOf(*lane);
+  lanes.all.insert(lane);
+  auto found = lanes.by_key.find(lane->likely_key);
+  if (found == lanes.by_key.end()) {
+    found = lanes.by_key.emplace(lane->likely_key, Lanes()).first;
+  }
+  found->second.insert(lane);
+}
+
+void JobQueue::Unlink(JobLane* lane) {
+  ClassLanes& lanes = LanesOf(*lane);
+  lanes.all.erase(lane);
+  const auto found = lanes.by_key.find(lane->likely_key);
+  found->second.erase(lane);
+  // Its key may be a view into this lane: the next one brings its own.
+  if (found->second.empty() || found->first.data() == lane->likely_key.data()) {
+    auto node = lanes.by_key.extract(found);
+    if (!node.mapped().empty()) {
+      node.key() = (*node.mapped().begin())->likely_key;
+      lanes.by_key.insert(std::move(node));
+    }
+  }
+}
+
+void JobQueue::PushIntoClass(QueuedJob* job, Priority current_class) {
+  const int c = static_cast<int>(current_class);
+  LaneName name(job->pool, c, job->tenant, std::string(job->view.likely_key));
+  std::unique_ptr<JobLane>& lane = lanes_[std::move(name)];
+  if (lane == nullptr) {
+    lane = std::make_unique<JobLane>();
+    lane->pool = job->pool;
+    lane->current_class = c;
+    lane->tenant = job->tenant;
+    lane->likely_key = job->view.likely_key;
+    tenant_lanes_[static_cast<std::size_t>(job->tenant)].push_back(lane.get());
+  } else {
+    const JobLane::Earlier earlier;
+    if (!earlier(job, *lane->jobs.begin())) {
+      lane->jobs.insert(job);
+      job->lane = lane.get();
+      return;
+    }
+    Unlink(lane.get());
+  }
+  lane->jobs.insert(job);
+  job->lane = lane.get();
+  Link(lane.get());
+}
+
+void JobQueue::RemoveFromLane(QueuedJob* job) {
+  JobLane* lane = std::exchange(job->lane, nullptr);
+  const bool first = *lane->jobs.begin() == job;
+  if (first) Unlink(lane);
+  lane->jobs.erase(job);
+  if (!lane->jobs.empty()) {
+    if (first) Link(lane);
+    return;
+  }
+  std::erase(tenant_lanes_[static_cast<std::size_t>(lane->tenant)], lane);
+  lanes_.erase(LaneName(lane->pool, lane->current_class, lane->tenant, lane->likely_key));
+}
+
+void JobQueue::Charge(int tenant, double device_seconds) {
+  if (!order_.fair_share || device_seconds == 0) return;
+  const std::vector<JobLane*>& lanes = tenant_lanes_[static_cast<std::size_t>(tenant)];
+  for (JobLane* lane : lanes) Unlink(lane);
+  fair_share_.Charge(tenant, device_seconds);
+  for (JobLane* lane : lanes) Link(lane);
+}
+
+}  // namespace slalom

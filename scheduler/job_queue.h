@@ -1,0 +1,117 @@
+// JobQueue: the queued jobs, indexed so that a device finds its candidates in microseconds however
+// many wait. It keeps the policy's order; what a device does with its candidates is Policy::Plan's.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <map>
+#include <memory>
+#include <optional>
+#include <set>
+#include <span>
+#include <string>
+#include <string_view>
+#include <unordered_map>
+#include <utility>
+#include <vector>
+
+#include "scheduler/fair_share.h"
+#include "scheduler/policy.h"
+
+namespace slalom {
+
+struct JobLane;
+
+// A job as the queue knows it. Its owner keeps it in place from Admit to Retire.
+struct QueuedJob {
+  JobView view;               // set before Admit, its keys included
+  int pool = 0;               // which devices may run it: the queue only compares it
+  double device_seconds = 0;  // predicted, for all of it
+
+  // The queue's own.
+  double base_rank = 0;
+  int tenant = -1;
+  JobLane* lane = nullptr;  // set while it is queued
+  double charged = 0;       // to its tenant so far
+};
+
+// The order is class, then rank, then arrival (Policy::Before). A rank is the job's BaseRank plus
+// `stretch` seconds for each device second (by weight) that its tenant has used. A beginning job is
+// charged to its tenant with what it is predicted to take, its end puts that right: so a tenant's
+// next job stands behind at once, and a job that runs never changes its own place.
+//
+// Jobs that agree in pool, class, tenant and likely key form a lane, whose order never changes;
+// only lanes move. Push, Begin, Charge and First cost the logarithm of the number of lanes.
+//
+// A state machine without clock or threads: time comes with the calls.
+class JobQueue {
+ public:
+  explicit JobQueue(const PolicyOrder& order);
+  ~JobQueue();
+  JobQueue(const JobQueue&) = delete;
+  JobQueue& operator=(const JobQueue&) = delete;
+
+  // --- A job's way ---
+
+  // The tenant has one job more; view.rank becomes what the job would have if pushed now.
+  void Admit(QueuedJob* job, const std::string& tenant, double weight);
+  void Push(QueuedJob* job, SchedulerClock::time_point now);
+  // Takes it out of the queue (no more); nothing if it is not in it.
+  void Remove(QueuedJob* job);
+  // Takes it out because a device begins it: charges its tenant, freezes its rank.
+  void Begin(QueuedJob* job);
+  // It is over, or back from a lost device: what it has really used counts.
+  void Settle(QueuedJob* job, double device_seconds);
+  // Its tenant has one job less.
+  void Retire(QueuedJob* job);
+
+  // --- Candidates ---
+
+  // Moves jobs that have waited long enough to the next class. Before asking for candidates.
+  void Age(SchedulerClock::time_point now);
+  using Accept = std::function<bool(const QueuedJob&)>;
+  // The first job of these pools, in order, that `accept` takes (null: any). Looks at
+  // `most` jobs at most. view.rank is up to date. Null when there is none.
+  QueuedJob* First(std::span<const int> pools, const Accept& accept = nullptr, int most = 64) const;
+  // The first job of the pool, in order, with that likely key and class.
+  QueuedJob* FirstLike(int pool, std::string_view likely_key, Priority current_class) const;
+  // Its rank as of now, whether or not it is queued.
+  double RankOf(const QueuedJob& job) const;
+
+  std::size_t size() const { return size_; }
+  const FairShare& fair_share() const { return fair_share_; }
+
+ private:
+  struct ByRank {
+    bool operator()(const JobLane* a, const JobLane* b) const;
+  };
+  using Lanes = std::set<JobLane*, ByRank>;
+  struct ClassLanes {
+    Lanes all;
+    std::unordered_map<std::string_view, Lanes> by_key;  // keys live in their lanes
+  };
+  struct Pool {
+    ClassLanes classes[kNumPriorities];
+  };
+
+  double Usage(int tenant) const;
+  ClassLanes& LanesOf(const JobLane& lane);
+  void Link(JobLane* lane);
+  void Unlink(JobLane* lane);
+  void PushIntoClass(QueuedJob* job, Priority current_class);
+  void RemoveFromLane(QueuedJob* job);
+  void Charge(int tenant, double device_seconds);
+  QueuedJob* Front(const JobLane& lane) const;
+
+  const PolicyOrder order_;
+  FairShare fair_share_;
+  using LaneName = std::tuple<int, int, int, std::string>;  // pool, class, tenant, likely key
+  std::map<LaneName, std::unique_ptr<JobLane>> lanes_;
+  std::vector<std::vector<JobLane*>> tenant_lanes_;  // by tenant number
+  std::unordered_map<int, Pool> pools_;
+  std::set<std::pair<SchedulerClock::time_point, QueuedJob*>> promotions_;
+  std::size_t size_ = 0;
+};
+
+}  // namespace slalom
