@@ -12,6 +12,7 @@
 #include "kernels/cuda/hopper/tensor_map.h"
 #include "kernels/cuda/hopper/tma.cuh"
 #include "kernels/cuda/hopper/wgmma.cuh"
+#include "kernels/cuda/mma.cuh"
 
 namespace slalom::cuda {
 namespace {
@@ -120,6 +121,19 @@ struct Consumer {
   SharedStorage<Tile>& shared;
   int group;
   Ring<Tile::kStages> k_ring, v_ring;
+  std::uint32_t query[Tile::kHeadSize / 16][4];
+
+  // Q moves to registers, as A fragments: products then read half as much of shared memory.
+  __device__ void LoadQuery() {
+    BarrierWait(&shared.q_full, 0);
+    const int lane = threadIdx.x % 32;
+    const int row = threadIdx.x % kWarpgroup / 32 * 16 + lane % 16;
+#pragma unroll
+    for (int step = 0; step < Tile::kHeadSize / 16; ++step) {
+      LoadMatrices(query[step], SharedAddress(shared.q[group][step / 4]) +
+                                    SwizzledOffset<kPanel / 8>(row, step % 4 * 2 + lane / 16));
+    }
+  }
 
   // scores = Q K^T of the tile that is next in the K ring; committed, not waited for.
   __device__ void StartScores(float (&scores)[kScores]) {
@@ -130,13 +144,12 @@ struct Consumer {
     for (int step = 0; step < Tile::kHeadSize / 16; ++step) {
       const int panel = step / 4;
       const std::uint32_t column_bytes = step % 4 * 32;
-      const std::uint64_t q = SwizzledTile(SharedAddress(shared.q[group][panel]) + column_bytes, 0);
       const std::uint64_t k =
           SwizzledTile(SharedAddress(shared.k[k_ring.stage][panel]) + column_bytes, 0);
       if constexpr (Tile::kKeys == 128) {
-        Wgmma64x128<false>(scores, q, k, step > 0);
+        Wgmma64x128<false>(scores, query[step], k, step > 0);
       } else {
-        Wgmma64x64<false>(scores, q, k, step > 0);
+        Wgmma64x64<false>(scores, query[step], k, step > 0);
       }
     }
     WgmmaCommit();
@@ -213,7 +226,7 @@ struct Consumer {
     float scores[kScores];
     std::uint32_t probabilities[kScores / 8][4];
     float correction[2];
-    BarrierWait(&shared.q_full, 0);
+    LoadQuery();
     AwaitTurn();
     StartScores(scores);
     PassTurn();
@@ -314,7 +327,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerSm)
     OnlineSoftmax softmax(parameters.scale);
     float output[Tile::kHeadSize / 2] = {};
     if (keys.count > 0) {
-      Consumer<Tile> consumer{shared, group, {}, {}};
+      Consumer<Tile> consumer{shared, group, {}, {}, {}};
       if (group == 1) consumer.PassTurn();  // the first turn is the other's
       consumer.Run(keys, softmax, output);
       if (group == 0) consumer.AwaitTurn();  // takes the last turn that was passed to it
