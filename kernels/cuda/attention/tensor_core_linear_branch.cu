@@ -15,8 +15,8 @@
 namespace slalom::cuda {
 namespace {
 
-constexpr int kTile = 64;          // tokens in shared memory at once
-constexpr int kWholeChunk = 1024;  // keys per partial sum when every key is in scope
+constexpr int kTile = 64;   // tokens in shared memory at once
+constexpr int kStages = 3;  // of tiles of keys: being multiplied, mapped, arriving
 constexpr int kStateThreads = 256;
 constexpr int kApplyThreads = 128;  // a warp owns 16 queries
 constexpr float kEpsilon = 1e-5f;
@@ -93,8 +93,8 @@ struct StateParameters {
 
 template <int kD>
 struct alignas(128) StateTiles {
-  bf16 k[2][kTile][kD];
-  bf16 v[2][kTile][kD];
+  bf16 k[kStages][kTile][kD];
+  bf16 v[kStages][kTile][kD];
 };
 
 // The keys of a tile become their features. Every kD / 8 lanes have a row, 8 channels each.
@@ -206,25 +206,34 @@ __global__ void __launch_bounds__(kStateThreads, 2)
   const int keys = static_cast<int>(min(std::int64_t{p.chunk}, p.length - first));
   const int count = (keys + kTile - 1) / kTile;
   const auto load = [&](int i) {
-    const std::int64_t from = start + (first + i * kTile) * row_stride;
-    CopyTile<kD, kStateThreads>(tiles.k[i % 2], p.k + from, row_stride, keys - i * kTile);
-    CopyTile<kD, kStateThreads>(tiles.v[i % 2], p.v + from, row_stride, keys - i * kTile);
+    if (i < count) {
+      const std::int64_t from = start + (first + i * kTile) * row_stride;
+      const int rows = keys - i * kTile, stage = i % kStages;
+      CopyTile<kD, kStateThreads>(tiles.k[stage], p.k + from, row_stride, rows);
+      CopyTile<kD, kStateThreads>(tiles.v[stage], p.v + from, row_stride, rows);
+    }
+    CopyAsyncCommit();
   };
   StateSums<kD> sums;
   float total[8] = {};
+  const auto map = [&](int i) {
+    if (i >= count) return;
+    MapKeys<kD>(p.features, tiles.k[i % kStages], first + i * kTile, keys - i * kTile, total);
+  };
   load(0);
-  CopyAsyncCommit();
+  load(1);
+  CopyAsyncWait<1>();
+  __syncthreads();
+  map(0);
 #pragma unroll 1
   for (int i = 0; i < count; ++i) {
-    if (i + 1 < count) load(i + 1);
-    CopyAsyncCommit();
-    CopyAsyncWait<1>();
-    __syncthreads();
-    MapKeys<kD>(p.features, tiles.k[i % 2], first + i * kTile, keys - i * kTile, total);
-    __syncthreads();
-    sums.Add(tiles.k[i % 2], tiles.v[i % 2]);
-    __syncthreads();  // the tile is free
+    CopyAsyncWait<0>();
+    __syncthreads();  // tile i is mapped, the next one is there, the one before is free
+    load(i + 2);
+    map(i + 1);
+    sums.Add(tiles.k[i % kStages], tiles.v[i % kStages]);
   }
+  __syncthreads();  // the tiles' memory is free
   Out* state =
       states + (static_cast<std::int64_t>(blockIdx.y) * gridDim.x + blockIdx.x) * ((kD + 1) * kD);
   sums.Store(state);
@@ -239,21 +248,38 @@ __global__ void __launch_bounds__(kStateThreads, 2)
   }
 }
 
-// sums [heads, elements] = the sum of states [heads, chunks, elements]; elements divide by 8.
+// sums [heads, kD + 1, kD] = the sum of states [heads, chunks, kD + 1, kD], the first kD rows times
+// weight^T where there is one. Grid (groups of rows, heads); a thread per element.
+template <int kD>
 __global__ void __launch_bounds__(kStateThreads)
-    SumStatesKernel(const float* states, int chunks, std::int64_t elements, bf16* sums) {
-  const std::int64_t at = (static_cast<std::int64_t>(blockIdx.x) * kStateThreads + threadIdx.x) * 8;
-  if (at >= elements) return;
-  states += static_cast<std::int64_t>(blockIdx.y) * chunks * elements + at;
-  float sum[8] = {};
-#pragma unroll 4
-  for (int c = 0; c < chunks; ++c) {
-    float x[8];
-    LoadFloats<8>(states + c * elements, x);
-#pragma unroll
-    for (int i = 0; i < 8; ++i) sum[i] += x[i];
+    SumStatesKernel(const float* states, int chunks, const float* weight, bf16* sums) {
+  constexpr int kRows = kStateThreads / kD;
+  constexpr int kElements = (kD + 1) * kD;
+  __shared__ __align__(16) float rows[kRows][kD];
+  const int own = threadIdx.x / kD, column = threadIdx.x % kD;
+  const int row = blockIdx.x * kRows + own;
+  states += static_cast<std::int64_t>(blockIdx.y) * chunks * kElements + row * kD + column;
+  float sum = 0.0f;
+  if (row <= kD) {
+#pragma unroll 8
+    for (int c = 0; c < chunks; ++c) sum += states[static_cast<std::int64_t>(c) * kElements];
   }
-  StoreFloats<8>(sums + blockIdx.y * elements + at, sum);
+  if (weight != nullptr) {
+    rows[own][column] = sum;
+    __syncthreads();
+    if (row < kD) {
+      sum = 0.0f;
+      for (int c = 0; c < kD; c += 4) {
+        const float4 w = *reinterpret_cast<const float4*>(weight + column * kD + c);
+        const float4 x = *reinterpret_cast<const float4*>(&rows[own][c]);
+        sum += w.x * x.x + w.y * x.y + w.z * x.z + w.w * x.w;
+      }
+    }
+  }
+  if (row <= kD) {
+    sums[static_cast<std::int64_t>(blockIdx.y) * kElements + row * kD + column] =
+        FromFloat<bf16>(sum);
+  }
 }
 
 // mask [rows, stride]: 1 where a key block is in scope; columns from key_blocks on are 0.
@@ -281,17 +307,27 @@ struct ApplyParameters {
   const bf16* states;  // [heads, states_per_head, kD + 1, kD]
   int states_per_head;
   int block_q;         // queries that share a state; all of them when states_per_head is 1
+  int tiles;           // of queries for one block of threads; 1 with a weight
   const bf16* weight;  // [kD, kD] or null
-  const float* bias;   // [kD]
+  const float* bias;   // [kD] or null
   bool accumulate;
 };
 
 template <int kD>
-struct alignas(128) ApplyTiles {
-  bf16 state[kD][kD];
-  bf16 weight[kD][kD];
+struct alignas(128) QueryTile {
   bf16 q[kTile][kD];
   bf16 out[kTile][kD];
+};
+
+// With a weight there is one tile of queries, else the next one arrives while one is worked on.
+template <int kD>
+struct alignas(128) ApplyTiles {
+  bf16 state[kD][kD];
+  QueryTile<kD> first;
+  union {
+    QueryTile<kD> second;
+    bf16 weight[kD][kD];
+  };
   float normaliser[kD];
 };
 
@@ -301,10 +337,11 @@ struct QueryFeatures {
   std::uint32_t a[kD / 16][4];
   float inverse[2];  // of rows lane / 4 and lane / 4 + 8
 
-  __device__ QueryFeatures(const FeatureParameters& p, const ApplyTiles<kD>& tiles, int row,
-                           std::int64_t token, std::int64_t last_token) {
+  __device__ QueryFeatures(const FeatureParameters& p, const bf16 (&tile)[kTile][kD],
+                           const float* normaliser, int row, std::int64_t token,
+                           std::int64_t last_token) {
     const int lane = threadIdx.x % 32;
-    const std::uint32_t base = SharedAddress(&tiles.q);
+    const std::uint32_t base = SharedAddress(&tile);
 #pragma unroll
     for (int step = 0; step < kD / 16; ++step) {
       LoadMatrices(a[step], base + SwizzledOffset<kD / 8>(row + lane % 16, step * 2 + lane / 16));
@@ -312,13 +349,13 @@ struct QueryFeatures {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const std::int64_t own = token + lane / 4 + half * 8;
-      Map(p, tiles, half, own < last_token ? own : last_token);
+      Map(p, normaliser, half, own < last_token ? own : last_token);
     }
   }
 
  private:
   // Channels of a register: step * 16 + 2 * (lane % 4), the next, and 8 further for the second.
-  __device__ void Map(const FeatureParameters& p, const ApplyTiles<kD>& tiles, int half,
+  __device__ void Map(const FeatureParameters& p, const float* normaliser, int half,
                       std::int64_t token) {
     const int quad = threadIdx.x % 4;
     float x[kD / 4];
@@ -332,7 +369,7 @@ struct QueryFeatures {
     float sum = 0.0f;
 #pragma unroll
     for (int i = 0; i < kD / 8; ++i) {
-      const float2 z = *reinterpret_cast<const float2*>(&tiles.normaliser[i * 8 + quad * 2]);
+      const float2 z = *reinterpret_cast<const float2*>(normaliser + i * 8 + quad * 2);
       sum += x[2 * i] * z.x + x[2 * i + 1] * z.y;
     }
     inverse[half] = 1.0f / (GroupSum<4>(sum) + kEpsilon);
@@ -388,8 +425,8 @@ __device__ inline void FinishTile(const ApplyParameters& p, bf16 (&tile)[kTile][
 #pragma unroll
   for (int j = 0; j < kD / 8; ++j) {
     const int channel = j * 8 + 2 * (lane % 4);
-    const float2 bias = p.weight != nullptr ? *reinterpret_cast<const float2*>(p.bias + channel)
-                                            : make_float2(0.0f, 0.0f);
+    const float2 bias = p.bias != nullptr ? *reinterpret_cast<const float2*>(p.bias + channel)
+                                          : make_float2(0.0f, 0.0f);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       auto* at = reinterpret_cast<std::uint32_t*>(
@@ -405,38 +442,13 @@ __device__ inline void FinishTile(const ApplyParameters& p, bf16 (&tile)[kTile][
   }
 }
 
-// Grid (tiles of queries, heads).
+// feature(q) times the state, normalised, times the weight: what FinishTile adds to.
 template <int kD>
-__global__ void __launch_bounds__(kApplyThreads) ApplyKernel(const ApplyParameters p) {
-  extern __shared__ std::byte dynamic_shared[];
-  auto& tiles = *reinterpret_cast<ApplyTiles<kD>*>(dynamic_shared);
-  constexpr int kChunks = kD / 8;
-  const int head_index = p.first_head + blockIdx.y;
-  const std::int64_t row_stride = std::int64_t{p.heads} * kD;
-  const std::int64_t first = static_cast<std::int64_t>(blockIdx.x) * kTile;
-  const std::int64_t at =
-      head_index / p.heads * p.length * row_stride + head_index % p.heads * kD + first * row_stride;
-  const int rows = static_cast<int>(min(std::int64_t{kTile}, p.length - first));
-  const std::int64_t own = p.states_per_head == 1 ? 0 : first / p.block_q;
-  const bf16* state =
-      p.states + (std::int64_t{blockIdx.y} * p.states_per_head + own) * ((kD + 1) * kD);
-  CopyTile<kD, kApplyThreads>(tiles.q, p.q + at, row_stride, rows);
-  CopyTile<kD, kApplyThreads>(tiles.state, state, kD, kD);
-  CopyAsyncCommit();
-  if (p.weight != nullptr) CopyTile<kD, kApplyThreads>(tiles.weight, p.weight, kD, kD);
-  if (p.accumulate) CopyTile<kD, kApplyThreads>(tiles.out, p.out + at, row_stride, rows);
-  CopyAsyncCommit();
-  for (int c = threadIdx.x; c < kD; c += kApplyThreads) {
-    tiles.normaliser[c] = ToFloat(state[kD * kD + c]);
-  }
-  CopyAsyncWait<1>();
-  __syncthreads();
-
-  const int row = static_cast<int>(threadIdx.x) / 32 * 16;
-  const int lane = threadIdx.x % 32;
-  float sums[kD / 8][4];
+__device__ inline void MultiplyTile(const ApplyParameters& p, const ApplyTiles<kD>& tiles,
+                                    const bf16 (&q)[kTile][kD], int row, std::int64_t token,
+                                    float (&sums)[kD / 8][4]) {
   {
-    QueryFeatures<kD> query(p.features, tiles, row, first + row, p.length - 1);
+    QueryFeatures<kD> query(p.features, q, tiles.normaliser, row, token, p.length - 1);
     Multiply<kD, false>(query.a, tiles.state, sums);
 #pragma unroll
     for (int i = 0; i < kD / 8; ++i) {
@@ -444,26 +456,79 @@ __global__ void __launch_bounds__(kApplyThreads) ApplyKernel(const ApplyParamete
       for (int j = 0; j < 4; ++j) sums[i][j] *= query.inverse[j / 2];
     }
   }
-  CopyAsyncWait<0>();
-  __syncthreads();
-  if (p.weight != nullptr) {
-    std::uint32_t linear[kD / 16][4];
+  if (p.weight == nullptr) return;
+  std::uint32_t linear[kD / 16][4];
 #pragma unroll
-    for (int i = 0; i < kD / 8; ++i) {
-      linear[i / 2][i % 2 * 2] = PackBf16(sums[i][0], sums[i][1]);
-      linear[i / 2][i % 2 * 2 + 1] = PackBf16(sums[i][2], sums[i][3]);
-    }
-    Multiply<kD, true>(linear, tiles.weight, sums);
+  for (int i = 0; i < kD / 8; ++i) {
+    linear[i / 2][i % 2 * 2] = PackBf16(sums[i][0], sums[i][1]);
+    linear[i / 2][i % 2 * 2 + 1] = PackBf16(sums[i][2], sums[i][3]);
   }
-  FinishTile<kD>(p, tiles.out, row, sums);
-  __syncwarp();
-  const auto* base = reinterpret_cast<const std::byte*>(&tiles.out);
+  Multiply<kD, true>(linear, tiles.weight, sums);
+}
+
+// A warp's 16 rows from shared memory, those below `rows`.
+template <int kD>
+__device__ inline void StoreRows(const bf16 (&tile)[kTile][kD], int row, int rows, bf16* out,
+                                 std::int64_t row_stride) {
+  constexpr int kChunks = kD / 8;
+  const auto* base = reinterpret_cast<const std::byte*>(&tile);
 #pragma unroll
-  for (int i = lane; i < 16 * kChunks; i += 32) {
+  for (int i = threadIdx.x % 32; i < 16 * kChunks; i += 32) {
     const int r = row + i / kChunks;
     if (r >= rows) break;
-    *reinterpret_cast<uint4*>(p.out + at + r * row_stride + i % kChunks * 8) =
+    *reinterpret_cast<uint4*>(out + r * row_stride + i % kChunks * 8) =
         *reinterpret_cast<const uint4*>(base + SwizzledOffset<kChunks>(r, i % kChunks));
+  }
+}
+
+// Grid (groups of p.tiles tiles of queries, heads).
+template <int kD>
+__global__ void __launch_bounds__(kApplyThreads) ApplyKernel(const ApplyParameters p) {
+  extern __shared__ std::byte dynamic_shared[];
+  auto& tiles = *reinterpret_cast<ApplyTiles<kD>*>(dynamic_shared);
+  const int head_index = p.first_head + blockIdx.y;
+  const std::int64_t row_stride = std::int64_t{p.heads} * kD;
+  const std::int64_t first = static_cast<std::int64_t>(blockIdx.x) * p.tiles * kTile;
+  const std::int64_t start =
+      (head_index / p.heads * p.length + first) * row_stride + head_index % p.heads * kD;
+  const std::int64_t rest = p.length - first;  // queries
+  const int count = static_cast<int>(min(std::int64_t{p.tiles}, (rest + kTile - 1) / kTile));
+  const std::int64_t own = p.states_per_head == 1 ? 0 : first / p.block_q;
+  const bf16* state =
+      p.states + (std::int64_t{blockIdx.y} * p.states_per_head + own) * ((kD + 1) * kD);
+  const auto rows_of = [&](int i) {
+    return static_cast<int>(min(std::int64_t{kTile}, rest - i * kTile));
+  };
+  const auto tile_of = [&](int i) -> QueryTile<kD>& {
+    return i % 2 == 0 ? tiles.first : tiles.second;
+  };
+  const auto load = [&](int i) {
+    QueryTile<kD>& to = tile_of(i);
+    const std::int64_t at = start + i * kTile * row_stride;
+    CopyTile<kD, kApplyThreads>(to.q, p.q + at, row_stride, rows_of(i));
+    if (p.accumulate) CopyTile<kD, kApplyThreads>(to.out, p.out + at, row_stride, rows_of(i));
+  };
+  load(0);
+  CopyTile<kD, kApplyThreads>(tiles.state, state, kD, kD);
+  if (p.weight != nullptr) CopyTile<kD, kApplyThreads>(tiles.weight, p.weight, kD, kD);
+  CopyAsyncCommit();
+  for (int c = threadIdx.x; c < kD; c += kApplyThreads) {
+    tiles.normaliser[c] = ToFloat(state[kD * kD + c]);
+  }
+  const int row = static_cast<int>(threadIdx.x) / 32 * 16;
+#pragma unroll 1
+  for (int i = 0; i < count; ++i) {
+    if (i + 1 < count) load(i + 1);
+    CopyAsyncCommit();
+    CopyAsyncWait<1>();
+    __syncthreads();
+    QueryTile<kD>& tile = tile_of(i);
+    float sums[kD / 8][4];
+    MultiplyTile<kD>(p, tiles, tile.q, row, first + i * kTile + row, sums);
+    FinishTile<kD>(p, tile.out, row, sums);
+    __syncwarp();
+    StoreRows<kD>(tile.out, row, rows_of(i), p.out + start + i * kTile * row_stride, row_stride);
+    __syncthreads();  // the tile is free
   }
 }
 
@@ -515,7 +580,10 @@ void RunHeads(const Context& context, const LinearBranchArgs& args, const Tensor
   const std::int64_t length = args.q.dim(1), heads = args.q.dim(2);
   const std::int64_t elements = std::int64_t{kD + 1} * kD;
   const bool whole = args.scope == LinearScope::kAll;
-  const int chunk = whole ? kWholeChunk : args.map->block_k;
+  // One wave of blocks for one sample's heads. It must not depend on how many samples there are.
+  const std::int64_t blocks_per_head = std::max<std::int64_t>(2 * context.sm_count / heads, 1);
+  const auto tiles_per_block = static_cast<int>(Blocks(Blocks(length, kTile), blocks_per_head));
+  const int chunk = whole ? tiles_per_block * kTile : args.map->block_k;
   const std::int64_t chunks = Blocks(length, chunk);
   const bool rotated = args.feature == Feature::kRotatedRelu;
   const FeatureParameters features{args.feature, rotated ? args.cos.data<float>() : nullptr,
@@ -529,10 +597,11 @@ void RunHeads(const Context& context, const LinearBranchArgs& args, const Tensor
       context.Allocate({count, chunks, elements}, whole ? DType::kF32 : DType::kBF16);
   if (whole) {
     RunStates<kD, float>(context, keys, chunks, count, states);
-    const dim3 grid(static_cast<unsigned>(Blocks(elements / 8, kStateThreads)),
+    const dim3 grid(static_cast<unsigned>(Blocks(kD + 1, kStateThreads / kD)),
                     static_cast<unsigned>(count));
-    SumStatesKernel<<<grid, kStateThreads, 0, context.stream>>>(
-        states.data<float>(), static_cast<int>(chunks), elements, sums.data<bf16>());
+    SumStatesKernel<kD><<<grid, kStateThreads, 0, context.stream>>>(
+        states.data<float>(), static_cast<int>(chunks),
+        args.proj_weight.defined() ? args.proj_weight.data<float>() : nullptr, sums.data<bf16>());
     CheckLaunch("LinearBranch: sum");
   } else {
     RunStates<kD, bf16>(context, keys, chunks, count, states);
@@ -547,14 +616,16 @@ void RunHeads(const Context& context, const LinearBranchArgs& args, const Tensor
                               sums.data<bf16>(),
                               static_cast<int>(states_per_head),
                               whole ? 1 : args.map->block_q,
+                              whole ? tiles_per_block : 1,
                               weight.defined() ? weight.data<bf16>() : nullptr,
-                              weight.defined() ? args.proj_bias.data<float>() : nullptr,
+                              args.proj_weight.defined() ? args.proj_bias.data<float>() : nullptr,
                               args.accumulate};
   constexpr std::size_t kBytes = sizeof(ApplyTiles<kD>);
   Check(cudaFuncSetAttribute(ApplyKernel<kD>, cudaFuncAttributeMaxDynamicSharedMemorySize,
                              static_cast<int>(kBytes)),
         "LinearBranch: shared memory");
-  const dim3 grid(static_cast<unsigned>(Blocks(length, kTile)), static_cast<unsigned>(count));
+  const dim3 grid(static_cast<unsigned>(Blocks(length, std::int64_t{apply.tiles} * kTile)),
+                  static_cast<unsigned>(count));
   ApplyKernel<kD><<<grid, kApplyThreads, kBytes, context.stream>>>(apply);
   CheckLaunch("LinearBranch: apply");
 }
@@ -562,8 +633,8 @@ void RunHeads(const Context& context, const LinearBranchArgs& args, const Tensor
 template <int kD>
 void Run(const Context& context, const LinearBranchArgs& args) {
   const std::int64_t heads = args.q.dim(0) * args.q.dim(2);
-  Tensor weight;
-  if (args.proj_weight.defined()) {
+  Tensor weight;  // where it is not folded into the sums
+  if (args.proj_weight.defined() && args.scope != LinearScope::kAll) {
     weight = context.Allocate({kD, kD}, DType::kBF16);
     Convert(context, args.proj_weight, weight);
   }
@@ -588,7 +659,7 @@ bool TensorCoreLinearBranchFits(const LinearBranchArgs& args) {
                           (args.map->block_q % kTile == 0 && args.map->block_k % kTile == 0);
   return args.q.dtype() == DType::kBF16 && (args.q.dim(3) == 64 || args.q.dim(3) == 128) &&
          blocks_fit && aligned(args.q) && aligned(args.k) && aligned(args.v) && aligned(args.out) &&
-         aligned(args.proj_bias);
+         aligned(args.proj_weight) && aligned(args.proj_bias);
 }
 
 void TensorCoreLinearBranch(const Context& context, const LinearBranchArgs& args) {
