@@ -16,7 +16,8 @@ constexpr double kCellMemory = 20;
 constexpr double kFirstWeight = 0.2;
 // What the slope's nearness to 1 is worth, as a sum of squares of log(work).
 constexpr double kSlopeTrust = 2.0;
-constexpr double kPriorWeight = 0.05;
+// The guess is only there to be corrected: it may be off by orders of magnitude.
+constexpr double kPriorWeight = 0.001;
 // A cell with this many measurements is believed by half.
 constexpr double kCellTrust = 0.5;
 // Beyond so many mean deviations a measurement is pulled in.

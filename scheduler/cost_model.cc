@@ -17,8 +17,9 @@ constexpr double kMarginalGuess = 0.8;
 constexpr double kMarginalTrust = 4;
 constexpr double kMarginalMemory = 30;
 constexpr std::size_t kMaxMarginals = 64;
-// A step alone must have been seen so often before a shared one is blamed on sharing.
-constexpr double kAloneFirst = 1;
+// A step alone must have been measured (the first weighs 0.2) before a shared one is compared with
+// it.
+constexpr double kAloneFirst = 0.1;
 
 constexpr double kErrorMemory = 100;
 constexpr double kOutOfMemoryStep = 1.25;
