@@ -20,14 +20,6 @@ __host__ __device__ constexpr std::uint64_t SwizzledTile(std::uint32_t address,
          static_cast<std::uint64_t>((address & 0x3ffffu) / 16);
 }
 
-// The same in the 64-byte swizzle: rows of 32 bf16, groups of 8 rows 512 bytes apart; not
-// transposed.
-__host__ __device__ constexpr std::uint64_t NarrowSwizzledTile(std::uint32_t address) {
-  constexpr std::uint64_t kSwizzle64 = std::uint64_t{2} << 62;
-  constexpr std::uint64_t kRowGroup = std::uint64_t{512 / 16} << 32;
-  return kSwizzle64 | kRowGroup | static_cast<std::uint64_t>((address & 0x3ffffu) / 16);
-}
-
 // A tile whose rows are one row of a swizzle each, 128 or 64 bytes, not transposed: 8 neighbouring
 // rows, then the next 8 `group_rows` rows further on. `address` may lie at any row: the swizzle is
 // a matter of the addresses alone.

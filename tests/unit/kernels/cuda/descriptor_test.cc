@@ -1,18 +1,17 @@
 // Operand descriptors of wgmma: a tile as TMA writes it, read by the rules of the PTX ISA, must
 // give the product that the kernels mean.
-#include "kernels/cuda/hopper/descriptor.h"
-
 #include <gtest/gtest.h>
 
 #include <cstdint>
 #include <vector>
 
+#include "kernels/cuda/hopper/descriptor.h"
 #include "tests/unit/kernels/cuda/tma_layout.h"
 
 namespace slalom::cuda {
 namespace {
 
-using hopper::NarrowSwizzledTile;
+using hopper::SwizzledRows;
 using hopper::SwizzledTile;
 
 // Shared memory that holds, in every 2 bytes, the number of the element that was put there.
@@ -112,27 +111,54 @@ TEST(Descriptor, AttentionValues) {
   }
 }
 
-// Convolution: panels of 32 channels; fragments of 64 pixels, 96 or 192 output channels.
-TEST(Descriptor, Convolution) {
-  for (const int rows : {96, 128, 192, 256}) {
-    SharedMemory shared;
-    const std::uint32_t panel_bytes = static_cast<std::uint32_t>(rows) * 64;
-    ASSERT_EQ(panel_bytes % 1024, 0u);
-    for (int panel = 0; panel < 3; ++panel) {
-      shared.CopyBox(kBase + panel * panel_bytes, rows, 64, panel * 32, 96);
+// Convolution: weights in panels of 32 or 64 channels, 8 to 192 output channels.
+template <std::uint32_t kRowBytes>
+void CheckWeights(int rows) {
+  constexpr int kPanel = kRowBytes / 2;
+  SharedMemory shared;
+  shared.CopyBox(kBase, rows, kRowBytes, 0, kPanel);
+  for (int step = 0; step < kPanel / 16; ++step) {
+    const Operand operand(SwizzledRows<kRowBytes>(kBase + step * 32, 8));
+    for (int row = 0; row < rows; ++row) {
+      for (int k = 0; k < 16; ++k) {
+        ASSERT_EQ(shared.At(operand.KMajor(row, k)), row * kPanel + step * 16 + k);
+      }
     }
-    const int fragment_rows = rows % 64 == 0 ? 64 : rows;
-    for (int first = 0; first < rows; first += fragment_rows) {
-      for (int step = 0; step < 6; ++step) {
-        const Operand operand(
-            NarrowSwizzledTile(kBase + step / 2 * panel_bytes + first * 64 + step % 2 * 32));
-        for (int row = 0; row < fragment_rows; ++row) {
+  }
+}
+
+// Pixels: fragments of 8 lines of 8 out of a patch of wider lines, from any row on.
+template <std::uint32_t kRowBytes>
+void CheckPatch(int halo) {
+  constexpr int kPanel = kRowBytes / 2;
+  const int line_rows = 8 + halo;
+  SharedMemory shared;
+  shared.CopyBox(kBase, line_rows * (32 + halo), kRowBytes, 0, kPanel);
+  for (int first = 0; first <= halo * line_rows + halo; ++first) {
+    for (int line = 0; line < 32; line += 8) {
+      for (int step = 0; step < kPanel / 16; ++step) {
+        const int start = first + line * line_rows;
+        const Operand operand(SwizzledRows<kRowBytes>(
+            kBase + static_cast<std::uint32_t>(start) * kRowBytes + step * 32, line_rows));
+        for (int pixel = 0; pixel < 64; ++pixel) {
+          const int row = start + pixel / 8 * line_rows + pixel % 8;
           for (int k = 0; k < 16; ++k) {
-            ASSERT_EQ(shared.At(operand.KMajor(row, k)), (first + row) * 96 + step * 16 + k);
+            ASSERT_EQ(shared.At(operand.KMajor(pixel, k)), row * kPanel + step * 16 + k);
           }
         }
       }
     }
+  }
+}
+
+TEST(Descriptor, Convolution) {
+  for (const int rows : {8, 96, 192}) {
+    CheckWeights<64>(rows);
+    CheckWeights<128>(rows);
+  }
+  for (const int halo : {0, 2}) {
+    CheckPatch<64>(halo);
+    CheckPatch<128>(halo);
   }
 }
 

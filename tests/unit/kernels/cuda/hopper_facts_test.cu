@@ -170,8 +170,8 @@ __device__ void Multiply(float (&d)[P::kN / 2], int step, std::uint32_t a_tile,
     if constexpr (P::kN == 64) Wgmma64x64<false>(d, lhs, rhs, step > 0);
     if constexpr (P::kN == 128) Wgmma64x128<false>(d, lhs, rhs, step > 0);
   } else {
-    const std::uint64_t lhs = NarrowSwizzledTile(a_tile + step * 32);
-    const std::uint64_t rhs = NarrowSwizzledTile(b_tile + step * 32);
+    const std::uint64_t lhs = SwizzledRows<64>(a_tile + step * 32, 8);
+    const std::uint64_t rhs = SwizzledRows<64>(b_tile + step * 32, 8);
     WgmmaFence();
     if constexpr (P::kN == 96) Wgmma64x96<false>(d, lhs, rhs, step > 0);
     if constexpr (P::kN == 192) Wgmma64x192<false>(d, lhs, rhs, step > 0);
@@ -283,7 +283,7 @@ __global__ void __launch_bounds__(384, 1) TurnsKernel(int* log) {
     if (group == 1) NamedBarrierArrive(1, 256);
     for (int turn = 0; turn < kTurns; ++turn) {
       NamedBarrierSync(1 + group, 256);
-      if (threadIdx.x % 128 == 0) log[length++] = group;
+      if (threadIdx.x % 128 == 0) log[atomicAdd(&length, 1)] = group;
       NamedBarrierArrive(2 - group, 256);
     }
     if (group == 0) NamedBarrierSync(1, 256);

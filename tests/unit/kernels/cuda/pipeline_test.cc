@@ -62,8 +62,9 @@ struct State {
 
 class Exploration {
  public:
-  Exploration(std::vector<Program> programs, int stages, int readers)
-      : programs_(std::move(programs)) {
+  // The first programs are producers.
+  Exploration(std::vector<Program> programs, int stages, int readers, std::size_t producers = 1)
+      : programs_(std::move(programs)), producers_(producers) {
     State start;
     start.pipelines.assign(2, Pipeline(stages, readers));
     start.turns.resize(2);
@@ -84,7 +85,7 @@ class Exploration {
         if (state.at[who] == programs_[who].size()) continue;
         done = false;
         State next = state;
-        if (!Run(next, programs_[who][state.at[who]], who == 0)) continue;
+        if (!Run(next, programs_[who][state.at[who]], who < producers_)) continue;
         moved = true;
         ++next.at[who];
         if (seen.insert(next.at).second) open.push_back(std::move(next));
@@ -124,6 +125,7 @@ class Exploration {
   }
 
   std::vector<Program> programs_;
+  std::size_t producers_;
   std::string fault_;
 };
 
@@ -188,25 +190,55 @@ TEST(Pipeline, Attention) {
   }
 }
 
+constexpr int kConvolutionStages = 2;  // of patches, and of weights
+
+// The producer of patches, or the one of weights.
+Program ConvolutionProducer(int count, bool weights) {
+  Program program;
+  Ring<kConvolutionStages> ring;
+  for (int i = 0; i < count; ++i, ring.Next()) {
+    program.push_back({Step::Kind::kWait, ring.stage, ring.parity ^ 1, i, weights});
+    program.push_back({Step::Kind::kLoad, ring.stage, 0, i, weights});
+  }
+  return program;
+}
+
+// Stages are given back when the product after theirs has been started.
+Program ConvolutionConsumer(int patches, int taps) {
+  Program program;
+  Ring<kConvolutionStages> patch_ring, weight_ring;
+  int done_patch = -1, done_weight = -1;
+  for (int patch = 0; patch < patches; ++patch, patch_ring.Next()) {
+    program.push_back({Step::Kind::kWait, patch_ring.stage, patch_ring.parity, 0, false});
+    for (int tap = 0; tap < taps; ++tap, weight_ring.Next()) {
+      const int product = patch * taps + tap;
+      program.push_back({Step::Kind::kWait, weight_ring.stage, weight_ring.parity, 0, true});
+      if (product > 0) {
+        const int before = (product - 1) / taps;
+        program.push_back({Step::Kind::kRead, before % kConvolutionStages, 0, before, false});
+        program.push_back({Step::Kind::kRead, done_weight, 0, product - 1, true});
+        program.push_back({Step::Kind::kRelease, done_weight, 0, 0, true});
+      }
+      if (done_patch >= 0) program.push_back({Step::Kind::kRelease, done_patch, 0, 0, false});
+      done_patch = -1;
+      done_weight = weight_ring.stage;
+    }
+    done_patch = patch_ring.stage;
+  }
+  program.push_back({Step::Kind::kRead, done_patch, 0, patches - 1, false});
+  program.push_back({Step::Kind::kRead, done_weight, 0, patches * taps - 1, true});
+  return program;
+}
+
 TEST(Pipeline, Convolution) {
-  constexpr int kStages = 3;
-  for (int count = 1; count <= 10; ++count) {
-    Program producer, consumer;
-    Ring<kStages> in, out, released;
-    for (int i = 0; i < count; ++i, in.Next()) {
-      producer.push_back({Step::Kind::kWait, in.stage, in.parity ^ 1});
-      producer.push_back({Step::Kind::kLoad, in.stage, 0, i});
+  for (const int taps : {1, 3}) {
+    for (int patches = 1; patches <= 5; ++patches) {
+      const Program consumer = ConvolutionConsumer(patches, taps);
+      const Exploration exploration({ConvolutionProducer(patches, false),
+                                     ConvolutionProducer(patches * taps, true), consumer, consumer},
+                                    kConvolutionStages, 2, 2);
+      EXPECT_EQ(exploration.fault(), "") << patches << " patches, " << taps << " taps";
     }
-    for (int i = 0; i < count; ++i, out.Next()) {
-      consumer.push_back({Step::Kind::kWait, out.stage, out.parity});
-      if (i == 0) continue;
-      consumer.push_back({Step::Kind::kRead, released.stage, 0, i - 1});
-      consumer.push_back({Step::Kind::kRelease, released.stage});
-      released.Next();
-    }
-    consumer.push_back({Step::Kind::kRead, released.stage, 0, count - 1});
-    EXPECT_EQ(Exploration({producer, consumer, consumer}, kStages, 2).fault(), "")
-        << count << " stages of work";
   }
 }
 
