@@ -14,6 +14,7 @@
 
 #include "kernels/core/error.h"
 #include "server/version.h"
+#include "server/warm_up.h"
 
 namespace slalom {
 namespace {
@@ -42,14 +43,19 @@ int ParseInt(const std::string& field, const std::string& text, int low, int hig
   return value;
 }
 
-double ParseSeconds(const std::string& field, const std::string& text) {
+double ParseNumber(const std::string& field, const std::string& text, double low, double high,
+                   const char* allowed) {
   double value = 0;
   const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), value);
   if (error != std::errc() || end != text.data() + text.size() || !std::isfinite(value) ||
-      value < 0 || value > 1e7) {
-    Fail(field, text, "give seconds, 0 to 10000000");
+      value < low || value > high) {
+    Fail(field, text, allowed);
   }
   return value;
+}
+
+double ParseSeconds(const std::string& field, const std::string& text) {
+  return ParseNumber(field, text, 0, 1e7, "give seconds, 0 to 10000000");
 }
 
 std::string ParseChoice(const std::string& field, const std::string& text,
@@ -114,8 +120,19 @@ const std::vector<Option>& Options() {
        [](C& c, S k, S t) { c.max_decoding = ParseInt(k, t, 1, 64); }},
       {"clip_memory_mib", "N", "device memory for clips in flight (0: what the device has)",
        [](C& c, S k, S t) { c.clip_memory_mib = ParseInt(k, t, 0, 1 << 30); }},
-      {"state_dir", "DIR", "where videos are kept for resume (unnamed temporary files)",
+      {"state_dir", "DIR", "where jobs and videos survive a restart (nothing does)",
        [](C& c, S, S t) { c.state_dir = t; }},
+      {"checkpoint_seconds", "S", "a job's denoising between checkpoints, with state_dir (10)",
+       [](C& c, S k, S t) { c.checkpoint_seconds = ParseSeconds(k, t); }},
+      {"prompt_cache_mib", "N", "host memory for prompts' embeddings, per model and device (64)",
+       [](C& c, S k, S t) { c.prompt_cache_mib = ParseInt(k, t, 0, 1 << 20); }},
+      {"warm_up", "SHAPES", "auto, none or WxHxFRAMES[,...]: clips run before readiness (auto)",
+       [](C& c, S k, S t) {
+         ParseWarmUp(k, t);
+         c.warm_up = t;
+       }},
+      {"max_streams", "N", "open streams at a time (4096)",
+       [](C& c, S k, S t) { c.max_streams = ParseInt(k, t, 1, 1000000); }},
       {"max_queue", "N", "jobs that may wait (64)",
        [](C& c, S k, S t) { c.max_queue = ParseInt(k, t, 1, 100000); }},
       {"drain_seconds", "S", "how long running jobs may finish after SIGTERM (300)",
@@ -126,6 +143,8 @@ const std::vector<Option>& Options() {
        [](C& c, S k, S t) { c.job_retention_seconds = ParseSeconds(k, t); }},
       {"max_kept_jobs", "N", "ended jobs kept at most (1000)",
        [](C& c, S k, S t) { c.max_kept_jobs = ParseInt(k, t, 0, 1000000); }},
+      {"max_kept_mib", "N", "their videos at most, fetched ones go first (0: no limit)",
+       [](C& c, S k, S t) { c.max_kept_mib = ParseInt(k, t, 0, 1 << 30); }},
       {"log_level", "LEVEL", "trace, debug, info, warn or error (info)",
        [](C& c, S k, S t) {
          c.log_level = ParseChoice(k, t, {"trace", "debug", "info", "warn", "error"});
@@ -152,6 +171,9 @@ std::string TextOf(const std::string& key, const YAML::Node& node) {
   return text;
 }
 
+constexpr const char* kTenantKeys =
+    "give name, token (or token_file), max_jobs, requests_per_minute, burst, weight";
+
 std::string ReadTokenFile(const std::string& path) {
   std::ifstream file(path);
   std::string token;
@@ -162,7 +184,7 @@ std::string ReadTokenFile(const std::string& path) {
 }
 
 TenantOptions ParseTenant(const YAML::Node& node) {
-  if (!node.IsMap()) Fail("tenants", "an entry", "give name, token (or token_file), max_jobs");
+  if (!node.IsMap()) Fail("tenants", "an entry", kTenantKeys);
   TenantOptions tenant;
   for (const auto& item : node) {
     const auto key = item.first.as<std::string>();
@@ -175,8 +197,15 @@ TenantOptions ParseTenant(const YAML::Node& node) {
       tenant.token = ReadTokenFile(text);
     } else if (key == "max_jobs") {
       tenant.max_jobs = ParseInt("tenants.max_jobs", text, 0, 100000);
+    } else if (key == "requests_per_minute") {
+      tenant.requests_per_minute =
+          ParseNumber("tenants." + key, text, 0, 1e6, "give 0 (no limit) to 1000000");
+    } else if (key == "burst") {
+      tenant.burst = ParseNumber("tenants." + key, text, 1, 1e6, "give 1 to 1000000");
+    } else if (key == "weight") {
+      tenant.weight = ParseNumber("tenants." + key, text, 0.01, 1000, "give 0.01 to 1000");
     } else {
-      Fail("tenants", key, "give name, token (or token_file), max_jobs");
+      Fail("tenants", key, kTenantKeys);
     }
   }
   if (tenant.name.empty()) Fail("tenants.name", "", "give every tenant a name");

@@ -2,6 +2,7 @@
 
 #include <google/protobuf/util/time_util.h>
 
+#include <algorithm>
 #include <utility>
 #include <vector>
 
@@ -10,11 +11,18 @@
 namespace slalom {
 namespace {
 
-constexpr std::size_t kChunkBytes = 256 * 1024;
+// gRPC holds one chunk for every reader that does not take it: a thousand of them cost 64 MB.
+constexpr std::size_t kChunkBytes = 64 * 1024;
 
 google::protobuf::Timestamp ToTimestamp(std::chrono::system_clock::time_point time) {
   return google::protobuf::util::TimeUtil::MicrosecondsToTimestamp(
       std::chrono::duration_cast<std::chrono::microseconds>(time.time_since_epoch()).count());
+}
+
+// On the clock that never jumps; at the latest now.
+SchedulerClock::time_point ToSteady(std::chrono::system_clock::time_point time) {
+  const auto ago = std::chrono::system_clock::now() - time;
+  return SchedulerClock::now() - std::max(ago, decltype(ago)::zero());
 }
 
 google::protobuf::Timestamp Now() { return ToTimestamp(std::chrono::system_clock::now()); }
@@ -28,7 +36,7 @@ bool Ended(const v1::Job& job) { return job.state() >= v1::JOB_STATE_SUCCEEDED; 
 }  // namespace
 
 JobRecord::JobRecord(Origin origin, std::unique_ptr<ReplayBuffer> video)
-    : origin_(std::move(origin)), video_(std::move(video)) {
+    : origin_(std::move(origin)), video_(std::move(video)), created_(ToSteady(origin_.created)) {
   const v1::GenerateVideoRequest& request = origin_.resolved;
   job_.set_job_id(origin_.id);
   job_.set_state(v1::JOB_STATE_QUEUED);
@@ -47,11 +55,23 @@ JobRecord::JobRecord(Origin origin, std::unique_ptr<ReplayBuffer> video)
 }
 
 JobRecord::JobRecord(Origin origin, std::unique_ptr<ReplayBuffer> video, v1::Job ended)
-    : origin_(std::move(origin)), video_(std::move(video)), job_(std::move(ended)) {
+    : origin_(std::move(origin)),
+      video_(std::move(video)),
+      created_(ToSteady(origin_.created)),
+      job_(std::move(ended)) {
   accepted_.emplace();
   accepted_->set_job_id(origin_.id);
   *accepted_->mutable_resolved() = origin_.resolved;
-  end_time_ = created_;
+  end_time_ = ToSteady(std::chrono::system_clock::time_point(std::chrono::microseconds(
+      google::protobuf::util::TimeUtil::TimestampToMicroseconds(job_.end_time()))));
+  SetError();
+}
+
+// From job_, which has ended.
+void JobRecord::SetError() {
+  if (job_.has_error()) {
+    error_.emplace(static_cast<ErrorCode>(job_.error().code()), job_.error().message());
+  }
 }
 
 void JobRecord::Accept(const JobHandle& handle, int queue_position, double estimated_seconds) {
@@ -118,35 +138,39 @@ void JobRecord::AppendVideo(std::span<const std::byte> bytes) {
   WakeAll();
 }
 
-void JobRecord::Succeed(v1::Statistics statistics) {
-  {
-    std::lock_guard lock(mutex_);
-    if (Ended(job_)) return;
-    statistics.set_bytes(video_->size());
-    statistics.set_first_byte_seconds(first_byte_seconds_);
-    statistics.set_total_seconds(SecondsSince(created_));
-    job_.set_state(v1::JOB_STATE_SUCCEEDED);
-    job_.mutable_progress()->set_stage(v1::STAGE_ENCODE);
-    job_.mutable_progress()->set_eta_seconds(0);
-    *job_.mutable_statistics() = std::move(statistics);
-    *job_.mutable_end_time() = Now();
-    end_time_ = SchedulerClock::now();
-  }
-  WakeAll();
+v1::Job JobRecord::Succeeded(v1::Statistics statistics) const {
+  std::lock_guard lock(mutex_);
+  statistics.set_bytes(video_->size());
+  statistics.set_first_byte_seconds(first_byte_seconds_);
+  statistics.set_total_seconds(SecondsSince(created_));
+  v1::Job job = job_;
+  job.set_state(v1::JOB_STATE_SUCCEEDED);
+  job.mutable_progress()->set_stage(v1::STAGE_ENCODE);
+  job.mutable_progress()->set_eta_seconds(0);
+  *job.mutable_statistics() = std::move(statistics);
+  *job.mutable_end_time() = Now();
+  return job;
 }
 
-void JobRecord::Fail(const Error& error) {
+v1::Job JobRecord::Failed(const Error& error) const {
+  std::lock_guard lock(mutex_);
+  v1::Job job = job_;
+  const bool cancelled = error.code() == ErrorCode::kCancelled;
+  job.set_state(cancelled ? v1::JOB_STATE_CANCELLED : v1::JOB_STATE_FAILED);
+  job.mutable_progress()->set_eta_seconds(0);
+  job.mutable_error()->set_code(static_cast<int>(error.code()));
+  job.mutable_error()->set_message(error.what());
+  *job.mutable_end_time() = Now();
+  return job;
+}
+
+void JobRecord::End(v1::Job ended) {
   {
     std::lock_guard lock(mutex_);
     if (Ended(job_)) return;
-    error_ = error;
-    const bool cancelled = error.code() == ErrorCode::kCancelled;
-    job_.set_state(cancelled ? v1::JOB_STATE_CANCELLED : v1::JOB_STATE_FAILED);
-    job_.mutable_progress()->set_eta_seconds(0);
-    job_.mutable_error()->set_code(static_cast<int>(error.code()));
-    job_.mutable_error()->set_message(error.what());
-    *job_.mutable_end_time() = Now();
+    job_ = std::move(ended);
     end_time_ = SchedulerClock::now();
+    SetError();
   }
   WakeAll();
 }
@@ -194,6 +218,7 @@ JobRecord::Next JobRecord::Read(ReadPosition* position, v1::GenerateVideoRespons
     return Next::kEnd;
   }
   position->completed = true;
+  fetched_ = true;
   *message->mutable_completed()->mutable_statistics() = job_.statistics();
   return Next::kMessage;
 }
@@ -235,6 +260,21 @@ v1::Job JobRecord::Snapshot() const {
 bool JobRecord::ended() const {
   std::lock_guard lock(mutex_);
   return Ended(job_);
+}
+
+std::optional<ErrorCode> JobRecord::error_code() const {
+  std::lock_guard lock(mutex_);
+  return error_ ? std::optional(error_->code()) : std::nullopt;
+}
+
+bool JobRecord::has_readers() const {
+  std::lock_guard lock(mutex_);
+  return !readers_.empty();
+}
+
+bool JobRecord::fetched() const {
+  std::lock_guard lock(mutex_);
+  return fetched_;
 }
 
 bool JobRecord::succeeded() const {

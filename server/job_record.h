@@ -45,10 +45,12 @@ class JobRecord {
     std::string fingerprint;            // the request's bytes, to tell a repeated request
     v1::GenerateVideoRequest resolved;  // every field decided
     std::chrono::system_clock::time_point created;
+    std::optional<std::chrono::system_clock::time_point> deadline;
+    bool readmitted = false;  // accepted by an earlier process
   };
 
   JobRecord(Origin origin, std::unique_ptr<ReplayBuffer> video);
-  // A job of an earlier process that has ended well; `video` is complete.
+  // A job of an earlier process that has ended.
   JobRecord(Origin origin, std::unique_ptr<ReplayBuffer> video, v1::Job ended);
 
   const Origin& origin() const { return origin_; }
@@ -64,9 +66,13 @@ class JobRecord {
   void SetPreview(v1::Preview preview);
   // One thread at a time. Throws Error when the video cannot be kept.
   void AppendVideo(std::span<const std::byte> bytes);
-  // One of these ends the job; the first counts. Succeed completes the statistics.
-  void Succeed(v1::Statistics statistics);
-  void Fail(const Error& error);
+  // The job as it will be reported once it has ended so: for whoever keeps it before it is told.
+  v1::Job Succeeded(v1::Statistics statistics) const;  // completes the statistics
+  v1::Job Failed(const Error& error) const;
+  // Ends the job as one of these, and tells the readers; the first end counts.
+  void End(v1::Job ended);
+  void Succeed(v1::Statistics statistics) { End(Succeeded(std::move(statistics))); }
+  void Fail(const Error& error) { End(Failed(error)); }
 
   // --- the readers' side ---
   enum class Next { kMessage, kWait, kEnd };
@@ -81,6 +87,10 @@ class JobRecord {
   v1::Job Snapshot() const;
   bool ended() const;
   bool succeeded() const;
+  std::optional<ErrorCode> error_code() const;  // once it has failed or was cancelled
+  bool has_readers() const;
+  // Somebody has read it to its last byte.
+  bool fetched() const;
   // Seconds since the end; 0 before.
   double seconds_since_end() const;
   double seconds_since_created() const;
@@ -89,10 +99,11 @@ class JobRecord {
 
  private:
   void WakeAll();
+  void SetError();
 
   const Origin origin_;
   const std::unique_ptr<ReplayBuffer> video_;
-  const SchedulerClock::time_point created_ = SchedulerClock::now();
+  const SchedulerClock::time_point created_;
 
   mutable std::mutex mutex_;
   std::optional<JobHandle> handle_;
@@ -105,6 +116,7 @@ class JobRecord {
   std::optional<Error> error_;
   double first_byte_seconds_ = 0;
   SchedulerClock::time_point end_time_;
+  mutable bool fetched_ = false;
   std::map<int, std::function<void()>> readers_;
   int next_reader_ = 0;
 };

@@ -1,24 +1,15 @@
 #include "server/job_store.h"
 
-#include <google/protobuf/io/zero_copy_stream_impl.h>
-#include <google/protobuf/util/delimited_message_util.h>
-#include <google/protobuf/wrappers.pb.h>
-
 #include <algorithm>
-#include <filesystem>
-#include <fstream>
 #include <utility>
 
 #include "kernels/core/error.h"
+#include "server/refusal.h"
 #include "server/video_job.h"
 
 namespace slalom {
 namespace {
 
-namespace fs = std::filesystem;
-
-constexpr const char* kVideo = ".mp4";
-constexpr const char* kArchive = ".job";
 // The scheduler has let go of a job's sink a moment after its end.
 constexpr double kSinkGraceSeconds = 1.0;
 
@@ -27,121 +18,36 @@ std::string RequestKey(const JobRecord& record) {
   return request_id.empty() ? "" : record.tenant() + "\n" + request_id;
 }
 
-// An archive is four delimited messages: tenant, fingerprint, resolved request, job.
-struct Archived {
-  google::protobuf::StringValue tenant;
-  google::protobuf::BytesValue fingerprint;
-  v1::GenerateVideoRequest resolved;
-  v1::Job job;
-
-  bool Read(const std::string& path) {
-    using google::protobuf::util::ParseDelimitedFromZeroCopyStream;
-    std::ifstream file(path, std::ios::binary);
-    google::protobuf::io::IstreamInputStream stream(&file);
-    const auto read = [&](google::protobuf::MessageLite* message) {
-      return ParseDelimitedFromZeroCopyStream(message, &stream, nullptr);
-    };
-    return read(&tenant) && read(&fingerprint) && read(&resolved) && read(&job);
-  }
-
-  bool Write(const std::string& path) const {
-    using google::protobuf::util::SerializeDelimitedToOstream;
-    std::ofstream file(path, std::ios::binary | std::ios::trunc);
-    const bool written = SerializeDelimitedToOstream(tenant, &file) &&
-                         SerializeDelimitedToOstream(fingerprint, &file) &&
-                         SerializeDelimitedToOstream(resolved, &file) &&
-                         SerializeDelimitedToOstream(job, &file);
-    file.close();
-    return written && file.good();
-  }
-};
-
 }  // namespace
 
-JobStore::JobStore(std::string folder, double retention_seconds, int max_kept)
-    : folder_(folder.empty() ? "" : (fs::path(folder) / "jobs").string()),
-      retention_seconds_(retention_seconds),
-      max_kept_(max_kept) {
-  if (folder_.empty()) return;
-  std::error_code error;
-  fs::create_directories(folder_, error);
-  if (error) {
-    throw Error(ErrorCode::kFailedPrecondition,
-                "state_dir: cannot create '" + folder_ + "': " + error.message());
-  }
+JobStore::JobStore(JobArchive* archive, RetentionLimits limits)
+    : archive_(archive), limits_(limits) {
   TakeOver();
 }
 
 JobStore::~JobStore() = default;
 
-std::string JobStore::PathOf(const std::string& id, const char* extension) const {
-  return (fs::path(folder_) / (id + extension)).string();
-}
-
-std::unique_ptr<ReplayBuffer> JobStore::NewVideo(const std::string& id) const {
-  if (folder_.empty()) return std::make_unique<ReplayBuffer>();
-  return std::make_unique<ReplayBuffer>(PathOf(id, kVideo));
-}
-
 void JobStore::TakeOver() {
-  std::vector<fs::path> videos;
-  std::vector<fs::path> orphans;
-  for (const auto& entry : fs::directory_iterator(folder_)) {
-    const fs::path& path = entry.path();
-    if (path.extension() == kVideo) {
-      videos.push_back(path);
-    } else if (path.extension() == ".part" ||
-               (path.extension() == kArchive && !fs::exists(PathOf(path.stem(), kVideo)))) {
-      orphans.push_back(path);
-    }
-  }
-  for (const fs::path& orphan : orphans) fs::remove(orphan);
-  for (const fs::path& video : videos) {
-    const std::string id = video.stem().string();
-    Archived archived;
-    std::error_code ignored;
-    const bool complete = archived.Read(PathOf(id, kArchive)) && archived.job.job_id() == id &&
-                          static_cast<std::int64_t>(fs::file_size(video, ignored)) ==
-                              archived.job.statistics().bytes();
-    if (!complete) {
-      fs::remove(video, ignored);
-      fs::remove(PathOf(id, kArchive), ignored);
-      continue;
-    }
-    JobRecord::Origin origin;
-    origin.id = id;
-    origin.tenant = archived.tenant.value();
-    origin.fingerprint = archived.fingerprint.value();
-    origin.resolved = archived.resolved;
-    auto record = std::make_shared<JobRecord>(std::move(origin), ReplayBuffer::Open(video.string()),
-                                              archived.job);
+  for (JobArchive::Entry& known : archive_->Load()) {
+    known.origin.readmitted = true;
+    auto video = archive_->Video(known.origin.id);
+    auto record =
+        known.ended
+            ? std::make_shared<JobRecord>(std::move(known.origin), std::move(video), *known.ended)
+            : std::make_shared<JobRecord>(std::move(known.origin), std::move(video));
     const std::string key = RequestKey(*record);
-    if (!key.empty()) by_request_id_[key] = id;
-    entries_[id] = {std::move(record), nullptr, next_sequence_++, true};
+    if (!key.empty() && !Dead(*record)) by_request_id_[key] = record->id();
+    const std::string id = record->id();
+    entries_[id] = {std::move(record), nullptr, next_sequence_++};
   }
 }
 
-void JobStore::Archive(const JobRecord& record) const {
-  Archived archived;
-  archived.tenant.set_value(record.tenant());
-  archived.fingerprint.set_value(record.origin().fingerprint);
-  archived.resolved = record.origin().resolved;
-  archived.job = record.Snapshot();
-  // Written beside, then renamed: a crash leaves no half archive.
-  const std::string path = PathOf(record.id(), kArchive);
-  std::error_code ignored;
-  if (archived.Write(path + ".part")) {
-    fs::rename(path + ".part", path, ignored);
-  } else {
-    fs::remove(path + ".part", ignored);
-  }
+bool JobStore::Parked(const JobRecord& record) const {
+  return archive_->durable() && record.error_code() == ErrorCode::kUnavailable;
 }
 
-void JobStore::Forget(const JobRecord& record) const {
-  record.video().Remove();
-  if (folder_.empty()) return;
-  std::error_code ignored;
-  fs::remove(PathOf(record.id(), kArchive), ignored);
+bool JobStore::Dead(const JobRecord& record) const {
+  return record.error_code().has_value() && !Parked(record);
 }
 
 std::shared_ptr<JobRecord> JobStore::Add(std::shared_ptr<JobRecord> record, int max_live) {
@@ -149,27 +55,26 @@ std::shared_ptr<JobRecord> JobStore::Add(std::shared_ptr<JobRecord> record, int 
   const std::string key = RequestKey(*record);
   if (const auto known = by_request_id_.find(key); !key.empty() && known != by_request_id_.end()) {
     const std::shared_ptr<JobRecord>& earlier = entries_.at(known->second).record;
-    const bool failed = earlier->ended() && !earlier->succeeded();
-    if (!failed && earlier->origin().fingerprint != record->origin().fingerprint) {
+    const bool dead = Dead(*earlier);
+    if (!dead && earlier->origin().fingerprint != record->origin().fingerprint) {
       throw Error(ErrorCode::kAlreadyExists, "request_id: '" +
                                                  record->origin().resolved.request_id() +
                                                  "' stands for another request (job " +
                                                  earlier->id() + "); give each request its own");
     }
-    if (!failed) return earlier;
+    if (!dead) return earlier;
   }
   if (max_live > 0) {
     const auto live = std::count_if(entries_.begin(), entries_.end(), [&](const auto& item) {
       return item.second.record->tenant() == record->tenant() && !item.second.record->ended();
     });
     if (live >= max_live) {
-      throw Error(ErrorCode::kResourceExhausted, "tenant '" + record->tenant() + "' has " +
-                                                     std::to_string(live) + " jobs; its quota is " +
-                                                     std::to_string(max_live) + " at a time");
+      throw Refusal("quota", "tenant '" + record->tenant() + "' has " + std::to_string(live) +
+                                 " jobs; its quota is " + std::to_string(max_live) + " at a time");
     }
   }
   if (!key.empty()) by_request_id_[key] = record->id();
-  entries_[record->id()] = {record, nullptr, next_sequence_++, false};
+  entries_[record->id()] = {record, nullptr, next_sequence_++};
   return record;
 }
 
@@ -179,18 +84,24 @@ void JobStore::Attach(const std::string& id, std::shared_ptr<VideoJob> sink) {
   if (entry != entries_.end()) entry->second.sink = std::move(sink);
 }
 
+// With the lock held.
+JobStore::Entry JobStore::Take(const std::string& id) {
+  const auto entry = entries_.find(id);
+  if (entry == entries_.end()) return {};
+  Entry taken = std::move(entry->second);
+  entries_.erase(entry);
+  const auto key = by_request_id_.find(RequestKey(*taken.record));
+  if (key != by_request_id_.end() && key->second == id) by_request_id_.erase(key);
+  return taken;
+}
+
 void JobStore::Remove(const std::string& id) {
   Entry removed;  // destroyed without the lock
   {
     std::lock_guard lock(mutex_);
-    const auto entry = entries_.find(id);
-    if (entry == entries_.end()) return;
-    removed = std::move(entry->second);
-    entries_.erase(entry);
-    const auto key = by_request_id_.find(RequestKey(*removed.record));
-    if (key != by_request_id_.end() && key->second == id) by_request_id_.erase(key);
+    removed = Take(id);
   }
-  Forget(*removed.record);
+  if (removed.record) removed.record->video().Remove();
 }
 
 std::shared_ptr<JobRecord> JobStore::Find(const std::string& id, const std::string& tenant) const {
@@ -221,42 +132,83 @@ std::vector<std::shared_ptr<JobRecord>> JobStore::List(const std::string& tenant
 }
 
 std::vector<std::shared_ptr<JobRecord>> JobStore::Live() const {
-  std::vector<std::shared_ptr<JobRecord>> records;
+  std::vector<const Entry*> found;
   std::lock_guard lock(mutex_);
   for (const auto& [id, entry] : entries_) {
-    if (!entry.record->ended()) records.push_back(entry.record);
+    if (!entry.record->ended()) found.push_back(&entry);
   }
+  std::sort(found.begin(), found.end(),
+            [](const Entry* a, const Entry* b) { return a->sequence < b->sequence; });
+  std::vector<std::shared_ptr<JobRecord>> records;
+  records.reserve(found.size());
+  for (const Entry* entry : found) records.push_back(entry->record);
   return records;
 }
 
+JobStore::Kept JobStore::kept() const {
+  Kept kept;
+  std::lock_guard lock(mutex_);
+  for (const auto& [id, entry] : entries_) {
+    if (!entry.record->ended()) continue;
+    ++kept.jobs;
+    kept.video_bytes += entry.record->video().size();
+  }
+  return kept;
+}
+
+// With the lock held.
+std::vector<std::string> JobStore::WhatToForget(std::vector<std::shared_ptr<VideoJob>>* done) {
+  struct Candidate {
+    bool fetched;
+    std::uint64_t sequence;
+    std::string id;
+    std::int64_t bytes;
+  };
+  std::vector<std::string> forget;
+  std::vector<Candidate> candidates;
+  std::int64_t bytes = 0;
+  std::size_t jobs = 0;
+  for (auto& [id, entry] : entries_) {
+    const JobRecord& record = *entry.record;
+    if (!record.ended()) continue;
+    const double age = record.seconds_since_end();
+    if (entry.sink && age > kSinkGraceSeconds) done->push_back(std::move(entry.sink));
+    if (Parked(record)) continue;
+    const std::int64_t size = record.video().size();
+    if (age > limits_.seconds && !record.has_readers()) {
+      forget.push_back(id);
+      continue;
+    }
+    ++jobs;
+    bytes += size;
+    // A reader that is still at it keeps its job.
+    if (!record.has_readers()) candidates.push_back({record.fetched(), entry.sequence, id, size});
+  }
+  std::sort(candidates.begin(), candidates.end(), [](const Candidate& a, const Candidate& b) {
+    return a.fetched != b.fetched ? a.fetched : a.sequence < b.sequence;
+  });
+  for (const Candidate& candidate : candidates) {
+    const bool too_many = jobs > static_cast<std::size_t>(limits_.jobs);
+    const bool too_large = limits_.video_bytes > 0 && bytes > limits_.video_bytes;
+    if (!too_many && !(too_large && candidate.bytes > 0)) continue;
+    forget.push_back(candidate.id);
+    --jobs;
+    bytes -= candidate.bytes;
+  }
+  return forget;
+}
+
 void JobStore::Sweep() {
-  std::vector<std::shared_ptr<VideoJob>> sinks;  // their encoders are joined without the lock
-  std::vector<std::shared_ptr<JobRecord>> archive;
-  std::vector<std::pair<std::uint64_t, std::string>> ended;
+  std::vector<std::shared_ptr<VideoJob>> done;  // their encoders are joined without the lock
+  std::vector<Entry> removed;
   std::vector<std::string> forget;
   {
     std::lock_guard lock(mutex_);
-    for (auto& [id, entry] : entries_) {
-      if (!entry.record->ended()) continue;
-      const double age = entry.record->seconds_since_end();
-      if (entry.sink && age > kSinkGraceSeconds) sinks.push_back(std::move(entry.sink));
-      if (!entry.archived && !folder_.empty() && entry.record->succeeded()) {
-        entry.archived = true;
-        archive.push_back(entry.record);
-      }
-      if (age > retention_seconds_) {
-        forget.push_back(id);
-      } else {
-        ended.emplace_back(entry.sequence, id);
-      }
-    }
+    forget = WhatToForget(&done);
+    for (const std::string& id : forget) removed.push_back(Take(id));
   }
-  std::sort(ended.begin(), ended.end());
-  for (std::size_t i = 0; i + static_cast<std::size_t>(max_kept_) < ended.size(); ++i) {
-    forget.push_back(ended[i].second);
-  }
-  for (const auto& record : archive) Archive(*record);
-  for (const std::string& id : forget) Remove(id);
+  archive_->Forget(forget);
+  for (const Entry& entry : removed) entry.record->video().Remove();
 }
 
 }  // namespace slalom

@@ -1,33 +1,39 @@
 // JobStore: every job that the server knows, and for how long it does.
 #pragma once
 
+#include <cstdint>
 #include <map>
 #include <memory>
 #include <mutex>
 #include <string>
 #include <vector>
 
+#include "server/job_archive.h"
 #include "server/job_record.h"
 
 namespace slalom {
 
 class VideoJob;
 
+// How much of what has ended is kept. What somebody has fetched goes first, then the oldest.
+struct RetentionLimits {
+  double seconds = 3600;
+  int jobs = 1000;
+  std::int64_t video_bytes = 0;  // of ended jobs' videos; 0: no limit
+};
+
 // Thread-safe.
 class JobStore {
  public:
-  // Ended jobs are kept for so long, and at most so many of them. With a `folder`, videos and what
-  // belongs to them lie there, and those of an earlier process are taken over; what a crash left
-  // half made is deleted. Throws Error when the folder cannot be used.
-  JobStore(std::string folder, double retention_seconds, int max_kept);
+  // Takes over the archive's jobs: ended ones as they are, the others to be readmitted. The archive
+  // outlives it.
+  JobStore(JobArchive* archive, RetentionLimits limits);
   // Ends the encoders.
   ~JobStore();
 
-  std::unique_ptr<ReplayBuffer> NewVideo(const std::string& id) const;
-
   // Takes a new record in. When its request_id stands for an earlier job with the same request,
   // that job's record comes back instead. A job that failed frees its request_id. Throws Error:
-  // kAlreadyExists, or kResourceExhausted when the tenant has `max_live` live jobs (0: no limit).
+  // kAlreadyExists, or a Refusal when the tenant has `max_live` live jobs (0: no limit).
   std::shared_ptr<JobRecord> Add(std::shared_ptr<JobRecord> record, int max_live);
   // The sink is kept until the job has ended.
   void Attach(const std::string& id, std::shared_ptr<VideoJob> sink);
@@ -38,28 +44,36 @@ class JobStore {
   std::shared_ptr<JobRecord> Find(const std::string& id, const std::string& tenant) const;
   // Newest first.
   std::vector<std::shared_ptr<JobRecord>> List(const std::string& tenant) const;
+  // In the order of acceptance.
   std::vector<std::shared_ptr<JobRecord>> Live() const;
 
   // Forgets what is due, joins ended encoders. To be called now and then.
   void Sweep();
+
+  struct Kept {
+    int jobs = 0;
+    std::int64_t video_bytes = 0;
+  };
+  Kept kept() const;
 
  private:
   struct Entry {
     std::shared_ptr<JobRecord> record;
     std::shared_ptr<VideoJob> sink;
     std::uint64_t sequence = 0;
-    bool archived = false;
   };
   using Entries = std::map<std::string, Entry>;
 
   void TakeOver();
-  void Archive(const JobRecord& record) const;
-  void Forget(const JobRecord& record) const;
-  std::string PathOf(const std::string& id, const char* extension) const;
+  // Of no more use to anybody: it failed, or was cancelled. Not so one that the next process goes
+  // on with.
+  bool Dead(const JobRecord& record) const;
+  bool Parked(const JobRecord& record) const;
+  std::vector<std::string> WhatToForget(std::vector<std::shared_ptr<VideoJob>>* done);
+  Entry Take(const std::string& id);
 
-  const std::string folder_;
-  const double retention_seconds_;
-  const int max_kept_;
+  JobArchive* const archive_;
+  const RetentionLimits limits_;
 
   mutable std::mutex mutex_;
   Entries entries_;                                   // by id

@@ -2,6 +2,7 @@
 #include <google/protobuf/stubs/logging.h>
 #include <spdlog/sinks/stdout_color_sinks.h>
 #include <spdlog/spdlog.h>
+#include <sys/resource.h>
 
 #include <csignal>
 #include <cstdio>
@@ -15,6 +16,7 @@
 #include "model/pipeline.h"
 #include "server/config.h"
 #include "server/server.h"
+#include "server/warm_up.h"
 
 namespace slalom {
 namespace {
@@ -48,6 +50,14 @@ class Signals {
   sigset_t set_;
 };
 
+// Every client that is connected takes a descriptor, and the usual limit is 1024.
+void RaiseDescriptorLimit() {
+  rlimit limit{};
+  if (getrlimit(RLIMIT_NOFILE, &limit) != 0) return;
+  limit.rlim_cur = limit.rlim_max;
+  setrlimit(RLIMIT_NOFILE, &limit);
+}
+
 std::vector<Device> Devices(const ServerConfig& config) {
   if (!config.devices.empty()) return config.devices;
   std::vector<Device> devices;
@@ -67,17 +77,20 @@ std::vector<std::unique_ptr<Pipeline>> LoadPipelines(const ServerConfig& config)
       options.dtype = config.dtype;
       options.cpu_threads = config.cpu_threads;
       options.max_batch = config.max_batch;
+      options.prompt_cache_bytes = static_cast<std::size_t>(config.prompt_cache_mib) << 20;
       pipelines.push_back(LoadPipeline(folder, options));
       const Pipeline& pipeline = *pipelines.back();
       spdlog::info("loaded {} from {} on {}: {}, {:.1f} M parameters", pipeline.info().name, folder,
                    ToString(device), pipeline.device_description(),
                    static_cast<double>(pipeline.info().parameters) / 1e6);
+      WarmUp(pipeline, ParseWarmUp("warm_up", config.warm_up));
     }
   }
   return pipelines;
 }
 
 int Run(const ServerConfig& config) {
+  RaiseDescriptorLimit();
   const Signals signals;
   Server server(config);
   spdlog::info("listening: grpc {}, http {}", server.grpc_address().ToString(),

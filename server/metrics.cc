@@ -116,6 +116,18 @@ class Metrics::Impl {
           .Add({}, CancelBuckets());
   CounterFamily& tenant_seconds =
       Counters("slalom_tenant_device_seconds_total", "Device seconds used, by tenant");
+  CounterFamily& refused =
+      Counters("slalom_refused_total", "Requests refused for now, by what ran out");
+  prometheus::Counter& readmitted =
+      Counters("slalom_readmitted_jobs_total", "Jobs of an earlier process that went on").Add({});
+  prometheus::Gauge& streams = Gauges("slalom_streams", "Open streams").Add({});
+  prometheus::Gauge& kept_jobs = Gauges("slalom_kept_jobs", "Ended jobs that are kept").Add({});
+  prometheus::Gauge& kept_bytes =
+      Gauges("slalom_kept_video_bytes", "Videos of ended jobs that are kept").Add({});
+  CounterFamily& prompt_cache =
+      Counters("slalom_prompt_cache_total", "Prompts looked up among the kept embeddings");
+  GaugeFamily& prompt_cache_bytes =
+      Gauges("slalom_prompt_cache_bytes", "Host memory of the kept embeddings");
   GaugeFamily& build_info = Gauges("slalom_build_info", "1, with the version as label");
   std::mutex text_mutex;
 };
@@ -130,6 +142,9 @@ Metrics::Metrics() : impl_(std::make_unique<Impl>()) {
     impl_->queue_depth.Add({{"priority", PriorityName(static_cast<Priority>(i))}}).Set(0);
   }
   impl_->fallback.Add({{"reason", "no_adapter"}});
+  for (const char* reason : {"rate", "quota", "queue", "streams"}) {
+    impl_->refused.Add({{"reason", reason}});
+  }
 }
 
 Metrics::~Metrics() = default;
@@ -137,6 +152,18 @@ Metrics::~Metrics() = default;
 void Metrics::CountRequest(const std::string& model, const std::string& attention, int code) {
   const char* name = code == 0 ? "OK" : ErrorCodeName(static_cast<ErrorCode>(code));
   impl_->requests.Add({{"model", model}, {"attention", attention}, {"code", name}}).Increment();
+}
+
+void Metrics::CountRefusal(const std::string& reason) {
+  impl_->refused.Add({{"reason", reason}}).Increment();
+}
+
+void Metrics::CountReadmitted(int jobs) { impl_->readmitted.Increment(jobs); }
+
+void Metrics::SetService(const Service& service) {
+  impl_->streams.Set(service.streams);
+  impl_->kept_jobs.Set(service.kept_jobs);
+  impl_->kept_bytes.Set(static_cast<double>(service.kept_video_bytes));
 }
 
 void Metrics::CountDenseFallback(const std::string& reason) {
@@ -192,6 +219,15 @@ std::string Metrics::Text(const SchedulerStats* stats) {
           .Set(stats->queued[static_cast<std::size_t>(i)]);
     }
     for (const DeviceStats& device : stats->devices) {
+      const auto count = [&](const char* result, std::int64_t total) {
+        prometheus::Counter& counter =
+            impl_->prompt_cache.Add({{"device", device.device}, {"result", result}});
+        counter.Increment(static_cast<double>(total) - counter.Value());
+      };
+      count("hit", device.prompt_cache.hits);
+      count("miss", device.prompt_cache.misses);
+      impl_->prompt_cache_bytes.Add({{"device", device.device}})
+          .Set(static_cast<double>(device.prompt_cache.bytes));
       prometheus::Counter& busy = impl_->busy.Add({{"device", device.device}});
       busy.Increment(device.busy_seconds - busy.Value());
       const auto set = [&](const char* kind, std::size_t bytes) {

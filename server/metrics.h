@@ -2,6 +2,7 @@
 // those of deploy/'s dashboards.
 #pragma once
 
+#include <cstdint>
 #include <memory>
 #include <string>
 
@@ -27,6 +28,15 @@ class Metrics {
   // A GenerateVideo that has ended, refused ones included. `model` and `attention` are labels: pass
   // names that the server knows, or "", never a client's own text. `code` 0 is OK.
   void CountRequest(const std::string& model, const std::string& attention, int code);
+  // A request that was refused for now: "rate", "quota", "queue", "streams".
+  void CountRefusal(const std::string& reason);
+  void CountReadmitted(int jobs);
+  struct Service {
+    int streams = 0;
+    int kept_jobs = 0;
+    std::int64_t kept_video_bytes = 0;
+  };
+  void SetService(const Service& service);
   void CountDenseFallback(const std::string& reason);
   void ObserveStep(const StepObservation& step);
   void ObserveFirstByte(double seconds);

@@ -16,6 +16,7 @@
 #include "kernels/core/error.h"
 #include "scheduler/scheduler.h"
 #include "server/http.h"
+#include "server/job_archive.h"
 #include "server/metrics.h"
 #include "server/service.h"
 
@@ -26,6 +27,8 @@ namespace {
 constexpr int kMaxRequestBytes = 1 << 20;
 // How long clients may read on after the last job is done.
 constexpr auto kFlushTime = std::chrono::seconds(5);
+constexpr const char* kCostNote = "costs";
+constexpr int kTicksPerCostNote = 60;
 constexpr auto kPollTime = std::chrono::milliseconds(100);
 // A dead client is noticed within this, even where nothing resets its connection.
 constexpr int kKeepaliveMs = 20'000;
@@ -54,9 +57,11 @@ std::size_t ClipMemory(const std::vector<std::unique_ptr<Pipeline>>& pipelines) 
 ServiceOptions MakeServiceOptions(const ServerConfig& config) {
   ServiceOptions options;
   options.tenants = config.tenants;
-  options.state_dir = config.state_dir;
-  options.job_retention_seconds = config.job_retention_seconds;
-  options.max_kept_jobs = config.max_kept_jobs;
+  options.retention = {config.job_retention_seconds, config.max_kept_jobs,
+                       static_cast<std::int64_t>(config.max_kept_mib) << 20};
+  // 0 would be "none" to the scheduler.
+  options.checkpoint_seconds = std::max(config.checkpoint_seconds, 1e-9);
+  options.max_streams = config.max_streams;
   options.max_queue = config.max_queue;
   return options;
 }
@@ -66,7 +71,7 @@ ServiceOptions MakeServiceOptions(const ServerConfig& config) {
 class Server::Impl {
  public:
   explicit Impl(const ServerConfig& config)
-      : config_(config), service_(MakeServiceOptions(config), &metrics_) {
+      : config_(config), archive_(config.state_dir), service_(Options(), &archive_, &metrics_) {
     StartGrpc();
     http_ = std::make_unique<HttpServer>(
         config_.http_listen,
@@ -95,6 +100,7 @@ class Server::Impl {
     options.limits.memory_bytes = config_.clip_memory_mib > 0
                                       ? static_cast<std::size_t>(config_.clip_memory_mib) << 20
                                       : ClipMemory(pipelines);
+    options.cost_state = archive_.Note(kCostNote);
     options.on_step = [this](const StepObservation& step) { metrics_.ObserveStep(step); };
     auto scheduler = std::make_unique<Scheduler>(std::move(pipelines), std::move(options));
     {
@@ -102,11 +108,13 @@ class Server::Impl {
       scheduler_ = std::move(scheduler);
     }
     service_.Serve(scheduler_.get());
+    serving_ = true;
     SetServing(true);
   }
 
   bool Drain(const std::function<bool()>& hurry) {
     if (drained_.exchange(true)) return true;
+    serving_ = false;
     SetServing(false);
     const auto deadline =
         SchedulerClock::now() + std::chrono::duration_cast<SchedulerClock::duration>(
@@ -114,10 +122,12 @@ class Server::Impl {
     bool clean = true;
     if (scheduler_) {
       scheduler_->StopAccepting();
+      service_.ParkQueue();
       while (SchedulerClock::now() < deadline && !hurry() && Busy()) {
         std::this_thread::sleep_for(kPollTime);
       }
-      clean = scheduler_->Drain(SchedulerClock::now());
+      clean = scheduler_->Drain(SchedulerClock::now()) || archive_.durable();
+      KeepCosts();
     }
     service_.Settle(SchedulerClock::now() + kFlushTime);
     grpc_->Shutdown(std::chrono::system_clock::now() +
@@ -126,6 +136,16 @@ class Server::Impl {
   }
 
  private:
+  ServiceOptions Options() {
+    ServiceOptions options = MakeServiceOptions(config_);
+    // Probes by gRPC must hear of a lost device too.
+    options.on_tick = [this] {
+      if (++ticks_ % kTicksPerCostNote == 0) KeepCosts();
+      if (serving_ && !NotReady().empty() && serving_.exchange(false)) SetServing(false);
+    };
+    return options;
+  }
+
   void StartGrpc() {
     grpc::EnableDefaultHealthCheckService(true);
     grpc::reflection::InitProtoReflectionServerBuilderPlugin();
@@ -144,6 +164,17 @@ class Server::Impl {
                                                "; is another server running there?");
     }
     SetServing(false);
+  }
+
+  // What the scheduler has learnt about costs: the next process need not learn it again.
+  void KeepCosts() {
+    std::lock_guard lock(mutex_);
+    if (!scheduler_) return;
+    try {
+      archive_.SetNote(kCostNote, scheduler_->CostState());
+    } catch (const Error& error) {
+      spdlog::warn("the learnt costs cannot be kept: {}", error.what());
+    }
   }
 
   void SetServing(bool serving) {
@@ -178,7 +209,11 @@ class Server::Impl {
 
   const ServerConfig config_;
   Metrics metrics_;
+  std::atomic<bool> serving_ = false;  // what health says
+  std::atomic<bool> drained_ = false;
+  int ticks_ = 0;             // the service's thread's
   mutable std::mutex mutex_;  // scheduler_ itself, which appears while HTTP is being served
+  JobArchive archive_;
   // The service's jobs hold the encoders that the scheduler's jobs write to, and its handlers call
   // the scheduler: gRPC goes first, then the scheduler, then the service.
   VideoService service_;
@@ -186,7 +221,6 @@ class Server::Impl {
   std::unique_ptr<grpc::Server> grpc_;
   std::unique_ptr<HttpServer> http_;
   int grpc_port_ = 0;
-  std::atomic<bool> drained_ = false;
 };
 
 Server::Server(const ServerConfig& config) : impl_(std::make_unique<Impl>(config)) {}

@@ -33,7 +33,8 @@ class Server {
 
   // Refuses new jobs at once (readyz 503, UNAVAILABLE) and lets the others finish within
   // config.drain_seconds, or until `hurry` returns true; what is left then ends with UNAVAILABLE.
-  // Returns true when nothing had to be ended.
+  // Returns true when nothing was lost: nothing had to be ended, or the next process goes on with
+  // it, which has the state folder. In that case jobs that have not begun are not waited for.
   bool Drain(const std::function<bool()>& hurry);
 
  private:

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <atomic>
 #include <condition_variable>
+#include <map>
 #include <mutex>
 #include <random>
 #include <thread>
@@ -13,9 +14,12 @@
 
 #include "kernels/core/error.h"
 #include "scheduler/scheduler.h"
+#include "server/admission.h"
 #include "server/auth.h"
+#include "server/job_archive.h"
 #include "server/job_store.h"
 #include "server/metrics.h"
+#include "server/refusal.h"
 #include "server/request.h"
 #include "server/status.h"
 #include "server/video_job.h"
@@ -39,6 +43,7 @@ using RawService = Rpc::WithRawCallbackMethod_GenerateVideo<
 
 constexpr auto kTick = std::chrono::seconds(1);
 constexpr int kPreviewEverySteps = 2;
+constexpr double kLongestRetrySeconds = 60;
 
 // Not to be guessed: 120 random bits.
 std::string NewJobId() {
@@ -49,23 +54,28 @@ std::string NewJobId() {
   return id;
 }
 
-std::optional<SchedulerClock::time_point> DeadlineOf(const CallbackServerContext& context) {
+using SystemTime = std::chrono::system_clock::time_point;
+
+std::optional<SystemTime> DeadlineOf(const CallbackServerContext& context) {
   const auto deadline = context.deadline();
-  const auto now = std::chrono::system_clock::now();
-  // "No deadline" is the far future, which does not fit the other clock.
-  if (deadline > now + std::chrono::hours(24 * 365)) return std::nullopt;
-  return SchedulerClock::now() + (deadline - now);
+  // "No deadline" is the far future.
+  if (deadline > std::chrono::system_clock::now() + std::chrono::hours(24 * 365)) {
+    return std::nullopt;
+  }
+  return deadline;
 }
 
 }  // namespace
 
 class VideoService::Impl final : public RawService {
  public:
-  Impl(ServiceOptions options, Metrics* metrics)
-      : metrics_(metrics),
-        max_queue_(options.max_queue),
-        auth_(std::move(options.tenants)),
-        store_(std::move(options.state_dir), options.job_retention_seconds, options.max_kept_jobs),
+  Impl(ServiceOptions options, JobArchive* archive, Metrics* metrics)
+      : options_(std::move(options)),
+        archive_(archive),
+        metrics_(metrics),
+        auth_(options_.tenants),
+        admission_(options_.max_streams),
+        store_(archive, options_.retention),
         janitor_([this] { Tick(); }) {}
 
   ~Impl() override { Stop(); }
@@ -80,13 +90,28 @@ class VideoService::Impl final : public RawService {
     scheduler_ = nullptr;
   }
 
-  void Serve(Scheduler* scheduler) { scheduler_ = scheduler; }
+  void Serve(Scheduler* scheduler) {
+    int readmitted = 0;
+    for (const auto& record : store_.Live()) readmitted += Readmit(*scheduler, record) ? 1 : 0;
+    if (readmitted > 0) spdlog::info("{} jobs of an earlier process go on", readmitted);
+    metrics_->CountReadmitted(readmitted);
+    scheduler_ = scheduler;
+  }
+
+  void ParkQueue() {
+    if (!archive_->durable()) return;
+    for (const auto& record : store_.Live()) {
+      if (record->Snapshot().state() == v1::JOB_STATE_QUEUED) {
+        record->Cancel(Error(ErrorCode::kUnavailable, "the server is shutting down"));
+      }
+    }
+  }
 
   void Settle(SchedulerClock::time_point deadline) {
     while (!store_.Live().empty() && SchedulerClock::now() < deadline) {
       std::this_thread::sleep_for(std::chrono::milliseconds(5));
     }
-    store_.Sweep();
+    Sweep();
   }
 
   // --- RPCs ---
@@ -96,11 +121,14 @@ class VideoService::Impl final : public RawService {
     std::string model;  // known to be one of ours
     try {
       const TenantOptions& tenant = Authenticate(*context);
+      admission_.CountRequest(tenant);
+      StreamPlace place = admission_.OpenStream();
       ParseMessage(*bytes, &request);
       const std::shared_ptr<JobRecord> record = Submit(*context, request, tenant, &model);
-      return StartStream(*context, record, 0);
+      return StartStream(*context, record, 0, std::move(place));
     } catch (const Error& error) {
       metrics_->CountRequest(model, AttentionLabel(request), static_cast<int>(error.code()));
+      if (const char* reason = RefusalReason(error)) metrics_->CountRefusal(reason);
       spdlog::info("refused {}: {}", ErrorCodeName(error.code()), error.what());
       return VideoStream::Refuse(ToStatus(error, RetrySeconds(error)));
     } catch (const std::exception& error) {
@@ -113,11 +141,14 @@ class VideoService::Impl final : public RawService {
   WriteReactor* ResumeVideo(CallbackServerContext* context, const ByteBuffer* bytes) override {
     try {
       const TenantOptions& tenant = Authenticate(*context);
+      StreamPlace place = admission_.OpenStream();
       v1::ResumeVideoRequest request;
       ParseMessage(*bytes, &request);
       const auto record = store_.Find(request.job_id(), tenant.name);
       CheckOffset(request.byte_offset(), *record);
-      return StartStream(*context, record, request.byte_offset());
+      return StartStream(*context, record, request.byte_offset(), std::move(place));
+    } catch (const Error& error) {
+      return VideoStream::Refuse(ToStatus(error, RetrySeconds(error)));
     } catch (const std::exception&) {
       return VideoStream::Refuse(CurrentExceptionToStatus());
     }
@@ -198,16 +229,14 @@ class VideoService::Impl final : public RawService {
     origin.fingerprint = request.SerializeAsString();
     origin.resolved = ToResolved(request, spec, *model);
     origin.created = std::chrono::system_clock::now();
+    origin.deadline = DeadlineOf(context);
     const std::string id = origin.id;
-    auto video = store_.NewVideo(id);
+    auto video = archive_->Video(id);
     const auto record = std::make_shared<JobRecord>(std::move(origin), std::move(video));
     const std::shared_ptr<JobRecord> kept = store_.Add(record, tenant.max_jobs);
-    if (kept != record) {
-      record->video().Remove();
-      return kept;
-    }
+    if (kept != record) return kept;
     try {
-      Start(scheduler, record, spec, DeadlineOf(context));
+      Start(scheduler, record, spec, nullptr);
     } catch (const Error& error) {
       record->Fail(error);  // for those that follow it by its request_id already
       store_.Remove(id);
@@ -220,10 +249,32 @@ class VideoService::Impl final : public RawService {
     return record;
   }
 
-  void Start(Scheduler& scheduler, const std::shared_ptr<JobRecord>& record, const ClipSpec& spec,
-             std::optional<SchedulerClock::time_point> deadline) {
+  // A job that an earlier process has accepted. False when it has ended over it.
+  bool Readmit(Scheduler& scheduler, const std::shared_ptr<JobRecord>& record) {
     const v1::GenerateVideoRequest& resolved = record->origin().resolved;
-    auto sink = std::make_shared<VideoJob>(record, metrics_);
+    try {
+      const ClipSpec spec = ResolveRequest(resolved, scheduler.pipeline(resolved.model()));
+      Start(scheduler, record, spec, archive_->LoadCheckpoint(record->id()));
+      return true;
+    } catch (const Error& error) {
+      spdlog::warn("job {} of an earlier process cannot go on: {}", record->id(), error.what());
+      archive_->KeepEnd(record->Failed(error), [record, error] { record->Fail(error); });
+      return false;
+    }
+  }
+
+  double WeightOf(const std::string& tenant) const {
+    for (const TenantOptions& known : options_.tenants) {
+      if (known.name == tenant) return known.weight;
+    }
+    return 1;
+  }
+
+  void Start(Scheduler& scheduler, const std::shared_ptr<JobRecord>& record, const ClipSpec& spec,
+             Checkpoint checkpoint) {
+    const JobRecord::Origin& origin = record->origin();
+    const v1::GenerateVideoRequest& resolved = origin.resolved;
+    auto sink = std::make_shared<VideoJob>(record, archive_, metrics_);
     store_.Attach(record->id(), sink);
     JobRequest job;
     job.id = record->id();
@@ -231,7 +282,13 @@ class VideoService::Impl final : public RawService {
     job.spec = spec;
     job.priority = ToPriority(resolved.priority());
     job.tenant = record->tenant();
-    job.deadline = deadline;
+    job.tenant_weight = WeightOf(record->tenant());
+    if (origin.deadline) {
+      job.deadline = SchedulerClock::now() + (*origin.deadline - std::chrono::system_clock::now());
+    }
+    job.readmitted = origin.readmitted;
+    job.checkpoint = std::move(checkpoint);
+    job.checkpoint_seconds = archive_->durable() ? options_.checkpoint_seconds : 0;
     job.preview_every = resolved.previews() ? kPreviewEverySteps : 0;
     job.sink = std::move(sink);
     scheduler.Submit(std::move(job));
@@ -239,9 +296,10 @@ class VideoService::Impl final : public RawService {
                  spec.width, spec.height, spec.num_frames, spec.steps, AttentionLabel(resolved));
   }
 
-  WriteReactor* StartStream(const CallbackServerContext& context,
-                            const std::shared_ptr<JobRecord>& record, std::int64_t offset) {
-    const auto stream = VideoStream::Create(record, offset, context.deadline());
+  static WriteReactor* StartStream(const CallbackServerContext& context,
+                                   const std::shared_ptr<JobRecord>& record, std::int64_t offset,
+                                   StreamPlace place) {
+    const auto stream = VideoStream::Create(record, offset, context.deadline(), std::move(place));
     stream->Pump();
     return stream.get();
   }
@@ -267,24 +325,26 @@ class VideoService::Impl final : public RawService {
     job->mutable_progress()->set_eta_seconds(status->eta_seconds);
   }
 
+  // A metric's label; null when waiting does not help.
+  const char* RefusalReason(const Error& error) const {
+    if (const auto* refusal = dynamic_cast<const Refusal*>(&error)) return refusal->reason();
+    const Scheduler* scheduler = scheduler_;
+    if (error.code() != ErrorCode::kResourceExhausted || scheduler == nullptr) return nullptr;
+    int queued = 0;
+    for (const int n : scheduler->Stats().queued) queued += n;
+    return queued >= options_.max_queue ? "queue" : nullptr;
+  }
+
   // When to try again, where waiting helps.
   std::optional<double> RetrySeconds(const Error& error) const {
     const Scheduler* scheduler = scheduler_;
     if (error.code() == ErrorCode::kUnavailable) {
       return scheduler == nullptr || !scheduler->accepting() ? std::optional(5.0) : std::nullopt;
     }
-    if (error.code() != ErrorCode::kResourceExhausted || scheduler == nullptr) return std::nullopt;
-    int queued = 0;
-    for (const int n : scheduler->Stats().queued) queued += n;
-    const bool full = queued >= max_queue_;
-    const bool quota = std::string_view(error.what()).starts_with("tenant");
-    if (!full && !quota) return std::nullopt;
-    // Room comes when the next job is done.
-    double soonest = 60;
-    for (const JobStatus& job : scheduler->List()) {
-      if (!IsFinal(job.state)) soonest = std::min(soonest, job.eta_seconds);
-    }
-    return std::max(1.0, soonest);
+    if (RefusalReason(error) == nullptr) return std::nullopt;
+    const auto* refusal = dynamic_cast<const Refusal*>(&error);
+    if (refusal != nullptr && refusal->retry_seconds()) return refusal->retry_seconds();
+    return std::max(1.0, next_end_seconds_.load());
   }
 
   template <typename Request, typename Response, typename Handler>
@@ -312,22 +372,46 @@ class VideoService::Impl final : public RawService {
     std::unique_lock lock(mutex_);
     while (!stop_.wait_for(lock, kTick, [this] { return stopping_; })) {
       lock.unlock();
-      if (const Scheduler* scheduler = scheduler_; scheduler != nullptr) {
-        for (const auto& record : store_.Live()) {
-          const std::optional<JobStatus> status = scheduler->Find(record->id());
-          if (status) record->SetQueuePosition(status->queue_position, status->eta_seconds);
-        }
-      }
-      store_.Sweep();
+      if (const Scheduler* scheduler = scheduler_; scheduler != nullptr) TellPlaces(*scheduler);
+      Sweep();
+      const JobStore::Kept kept = store_.kept();
+      metrics_->SetService({admission_.open_streams(), kept.jobs, kept.video_bytes});
+      if (options_.on_tick) options_.on_tick();
       lock.lock();
     }
   }
 
+  void TellPlaces(const Scheduler& scheduler) {
+    std::map<std::string, std::shared_ptr<JobRecord>> live;
+    for (const auto& record : store_.Live()) live[record->id()] = record;
+    double soonest = kLongestRetrySeconds;
+    for (const JobStatus& job : scheduler.List()) {
+      if (IsFinal(job.state)) continue;
+      soonest = std::min(soonest, job.eta_seconds);
+      const auto record = live.find(job.id);
+      if (record != live.end()) {
+        record->second->SetQueuePosition(job.queue_position, job.eta_seconds);
+      }
+    }
+    next_end_seconds_ = soonest;
+  }
+
+  void Sweep() {
+    try {
+      store_.Sweep();
+    } catch (const Error& error) {  // a full disk: the next sweep tries again
+      spdlog::error("cannot forget old jobs: {}", error.what());
+    }
+  }
+
+  const ServiceOptions options_;
+  JobArchive* const archive_;
   Metrics* const metrics_;
-  const int max_queue_;
   const Auth auth_;
+  Admission admission_;
   JobStore store_;
   std::atomic<Scheduler*> scheduler_ = nullptr;
+  std::atomic<double> next_end_seconds_ = 1;  // of some job: then there is room
 
   std::mutex mutex_;
   std::condition_variable stop_;
@@ -335,11 +419,12 @@ class VideoService::Impl final : public RawService {
   std::thread janitor_;  // last: it uses all of the above
 };
 
-VideoService::VideoService(ServiceOptions options, Metrics* metrics)
-    : impl_(std::make_unique<Impl>(std::move(options), metrics)) {}
+VideoService::VideoService(ServiceOptions options, JobArchive* archive, Metrics* metrics)
+    : impl_(std::make_unique<Impl>(std::move(options), archive, metrics)) {}
 VideoService::~VideoService() = default;
 grpc::Service* VideoService::grpc_service() { return impl_.get(); }
 void VideoService::Serve(Scheduler* scheduler) { impl_->Serve(scheduler); }
+void VideoService::ParkQueue() { impl_->ParkQueue(); }
 void VideoService::Settle(SchedulerClock::time_point deadline) { impl_->Settle(deadline); }
 
 void VideoService::Stop() { impl_->Stop(); }

@@ -1,12 +1,14 @@
 // VideoService: the RPCs of slalom.v1.VideoGeneration over a Scheduler.
 #pragma once
 
+#include <functional>
 #include <memory>
 #include <string>
 #include <vector>
 
 #include "scheduler/job.h"
 #include "server/config.h"
+#include "server/job_store.h"
 
 namespace grpc {
 class Service;
@@ -14,15 +16,18 @@ class Service;
 
 namespace slalom {
 
+class JobArchive;
 class Metrics;
 class Scheduler;
 
 struct ServiceOptions {
   std::vector<TenantOptions> tenants;
-  std::string state_dir;
-  double job_retention_seconds = 3600;
-  int max_kept_jobs = 1000;
+  RetentionLimits retention;
+  double checkpoint_seconds = 0;
+  int max_streams = 4096;
   int max_queue = 64;  // the scheduler's, to tell a full queue from a clip that never fits
+  // Called about once a second, from a thread of the service's.
+  std::function<void()> on_tick;
 };
 
 // The life of a request: authenticate, check, resolve (request.h); a JobRecord goes into the
@@ -30,8 +35,9 @@ struct ServiceOptions {
 // never block on a device. Thread-safe.
 class VideoService {
  public:
-  // `metrics` outlives it. Throws Error when the state folder cannot be used.
-  VideoService(ServiceOptions options, Metrics* metrics);
+  // `archive` and `metrics` outlive it. Takes over the archive's jobs; throws Error when it is
+  // damaged.
+  VideoService(ServiceOptions options, JobArchive* archive, Metrics* metrics);
   ~VideoService();
 
   VideoService(const VideoService&) = delete;
@@ -39,11 +45,13 @@ class VideoService {
 
   grpc::Service* grpc_service();
 
-  // Until this is called every RPC answers UNAVAILABLE, "warming up". The scheduler must live until
-  // Stop.
+  // Until this is called new requests are answered UNAVAILABLE, "warming up". Jobs that an earlier
+  // process has accepted go first. The scheduler must live until Stop.
   void Serve(Scheduler* scheduler);
 
-  // Waits until every job's last byte is kept, or the deadline; then keeps what --state-dir needs.
+  // Asks the jobs that have not begun to end: a durable archive has them for the next process.
+  void ParkQueue();
+  // Waits until every job's last byte is kept, or the deadline.
   void Settle(SchedulerClock::time_point deadline);
   // Lets go of the scheduler, which may then be destroyed. To be called once gRPC has shut down.
   void Stop();

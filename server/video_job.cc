@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <utility>
 
+#include "server/job_archive.h"
 #include "server/media/jpeg.h"
 #include "server/metrics.h"
 #include "server/request.h"
@@ -32,14 +33,15 @@ v1::Stage ToStage(JobState state) {
 
 }  // namespace
 
-VideoJob::VideoJob(std::shared_ptr<JobRecord> record, Metrics* metrics)
-    : record_(std::move(record)), metrics_(metrics) {}
+VideoJob::VideoJob(std::shared_ptr<JobRecord> record, JobArchive* archive, Metrics* metrics)
+    : record_(std::move(record)), archive_(archive), metrics_(metrics) {}
 
 void VideoJob::OnAccepted(const JobHandle& handle, const JobStatus& status) {
   {
     std::lock_guard lock(mutex_);
     handle_ = handle;
   }
+  if (!record_->origin().readmitted) archive_->Accept(record_->origin());
   record_->Accept(handle, status.queue_position, status.eta_seconds);
 }
 
@@ -98,6 +100,10 @@ void VideoJob::OnFrames(const FrameBatch& frames) {
   writer_->Push(frames.pixels);
 }
 
+void VideoJob::OnCheckpoint(const Checkpoint& checkpoint) {
+  archive_->KeepCheckpoint(record_->id(), checkpoint);
+}
+
 bool VideoJob::WantsFrames() const noexcept {
   std::lock_guard lock(mutex_);
   return !writer_ || writer_->has_room();
@@ -148,7 +154,17 @@ void VideoJob::OnEncoded(const std::optional<Error>& error) {
 void VideoJob::Fail(const Error& error) {
   const v1::GenerateVideoRequest& request = record_->origin().resolved;
   metrics_->CountRequest(request.model(), AttentionLabel(request), static_cast<int>(error.code()));
-  record_->Fail(error);
+  if (archive_->durable() && error.code() == ErrorCode::kUnavailable) {
+    record_->Fail(Error(error.code(), std::string(error.what()) +
+                                          "; the job is kept and goes on with the next start: "
+                                          "follow it by ResumeVideo"));
+    return;
+  }
+  // Called on the device's thread too, which must not wait for a disk.
+  archive_->KeepEnd(record_->Failed(error), [record = record_, error] {
+    record->Fail(error);
+    record->video().Remove();
+  });
 }
 
 void VideoJob::Complete() {
@@ -161,12 +177,20 @@ void VideoJob::Complete() {
     statistics = ToStatistics(*result_, request);
   }
   statistics.set_encode_seconds(encode_seconds);
-  metrics_->ObserveVideo(encode_seconds, record_->seconds_since_created(), statistics.frames(),
-                         request.fps());
+  v1::Job ended;
+  try {
+    record_->video().Close(/*sync=*/archive_->durable());
+    ended = record_->Succeeded(std::move(statistics));
+    archive_->End(ended);
+  } catch (const Error& error) {
+    return Fail(error);
+  }
+  const int frames = ended.statistics().frames();
+  metrics_->ObserveVideo(encode_seconds, record_->seconds_since_created(), frames, request.fps());
   metrics_->CountRequest(request.model(), AttentionLabel(request), 0);
-  spdlog::info("job {} succeeded: {} frames, {} bytes, {:.2f} s", record_->id(),
-               statistics.frames(), record_->video().size(), record_->seconds_since_created());
-  record_->Succeed(std::move(statistics));
+  spdlog::info("job {} succeeded: {} frames, {} bytes, {:.2f} s", record_->id(), frames,
+               record_->video().size(), record_->seconds_since_created());
+  record_->End(std::move(ended));
 }
 
 }  // namespace slalom

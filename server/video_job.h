@@ -11,19 +11,25 @@
 
 namespace slalom {
 
+class JobArchive;
 class Metrics;
 
-// Frames go to the encoder's thread, encoded bytes to the record; the job has succeeded when its
-// last byte is kept. Thread-safe as JobSink asks for it.
+// Frames go to the encoder's thread, encoded bytes to the record, checkpoints and the end to the
+// archive. A job is accepted once the archive has it, and its end is told once the archive has
+// that: what a client has heard is true after a crash too. Thread-safe as JobSink asks for it.
+//
+// UNAVAILABLE is no end for a job in a durable archive: the server stops or has lost its device,
+// and the next process goes on with the job.
 class VideoJob final : public JobSink {
  public:
-  // `metrics` must outlive it.
-  VideoJob(std::shared_ptr<JobRecord> record, Metrics* metrics);
+  // `archive` and `metrics` must outlive it.
+  VideoJob(std::shared_ptr<JobRecord> record, JobArchive* archive, Metrics* metrics);
 
   void OnAccepted(const JobHandle& handle, const JobStatus& status) override;
   void OnProgress(const Progress& progress) override;
   void OnPreview(const Tensor& image) override;
   void OnFrames(const FrameBatch& frames) override;
+  void OnCheckpoint(const Checkpoint& checkpoint) override;
   void OnDone(const JobResult& result) noexcept override;
   bool WantsFrames() const noexcept override;
 
@@ -35,6 +41,7 @@ class VideoJob final : public JobSink {
   void Complete();
 
   const std::shared_ptr<JobRecord> record_;
+  JobArchive* const archive_;
   Metrics* const metrics_;
 
   mutable std::mutex mutex_;

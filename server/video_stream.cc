@@ -20,15 +20,17 @@ class Refusal final : public grpc::ServerWriteReactor<grpc::ByteBuffer> {
 }  // namespace
 
 VideoStream::VideoStream(std::shared_ptr<JobRecord> record, std::int64_t offset,
-                         std::chrono::system_clock::time_point deadline)
-    : record_(std::move(record)), deadline_(deadline) {
+                         std::chrono::system_clock::time_point deadline, StreamPlace place)
+    : record_(std::move(record)), deadline_(deadline), place_(std::move(place)) {
   position_.offset = offset;
 }
 
 std::shared_ptr<VideoStream> VideoStream::Create(std::shared_ptr<JobRecord> record,
                                                  std::int64_t offset,
-                                                 std::chrono::system_clock::time_point deadline) {
-  std::shared_ptr<VideoStream> stream(new VideoStream(std::move(record), offset, deadline));
+                                                 std::chrono::system_clock::time_point deadline,
+                                                 StreamPlace place) {
+  std::shared_ptr<VideoStream> stream(
+      new VideoStream(std::move(record), offset, deadline, std::move(place)));
   stream->self_ = stream;
   stream->reader_ = stream->record_->AddReader([weak = std::weak_ptr(stream)] {
     if (const auto stream = weak.lock()) stream->Pump();

@@ -8,6 +8,7 @@
 #include <memory>
 #include <mutex>
 
+#include "server/admission.h"
 #include "server/job_record.h"
 
 namespace slalom {
@@ -20,7 +21,8 @@ class VideoStream final : public grpc::ServerWriteReactor<grpc::ByteBuffer>,
  public:
   // `deadline` is the call's. The stream is registered as a reader when this returns.
   static std::shared_ptr<VideoStream> Create(std::shared_ptr<JobRecord> record, std::int64_t offset,
-                                             std::chrono::system_clock::time_point deadline);
+                                             std::chrono::system_clock::time_point deadline,
+                                             StreamPlace place);
   // Ends the call at once.
   static grpc::ServerWriteReactor<grpc::ByteBuffer>* Refuse(const grpc::Status& status);
 
@@ -33,11 +35,12 @@ class VideoStream final : public grpc::ServerWriteReactor<grpc::ByteBuffer>,
 
  private:
   VideoStream(std::shared_ptr<JobRecord> record, std::int64_t offset,
-              std::chrono::system_clock::time_point deadline);
+              std::chrono::system_clock::time_point deadline, StreamPlace place);
   void Leave();
 
   const std::shared_ptr<JobRecord> record_;
   const std::chrono::system_clock::time_point deadline_;
+  const StreamPlace place_;
   int reader_ = -1;
   std::shared_ptr<VideoStream> self_;  // until OnDone
 

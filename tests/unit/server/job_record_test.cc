@@ -86,7 +86,7 @@ TEST(JobRecordTest, ASlowReaderMissesProgressButNoByte) {
   const Reading reading = ReadAll(*record, &position);
   EXPECT_EQ(reading.bytes, all);
   EXPECT_EQ(reading.messages[0].progress().step(), 99);
-  EXPECT_LE(reading.messages.size(), 6u) << "chunks are merged up to 256 KiB";
+  EXPECT_LE(reading.messages.size(), 15u) << "chunks are merged up to 64 KiB";
 }
 
 TEST(JobRecordTest, ReadersResumeAtAnyByte) {

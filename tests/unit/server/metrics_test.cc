@@ -80,11 +80,9 @@ TEST(MetricsTest, BusySecondsFollowTheScheduler) {
 TEST(MetricsTest, DevicesTellTheirMemory) {
   Metrics metrics;
   SchedulerStats stats;
-  stats.devices.push_back({.device = "cuda:0",
-                           .memory = {.bytes_in_use = 30,
-                                      .bytes_reserved = 40,
-                                      .bytes_peak = 35,
-                                      .bytes_total = 100}});
+  stats.devices.push_back(
+      {.device = "cuda:0",
+       .memory = {.bytes_in_use = 30, .bytes_reserved = 40, .bytes_peak = 35, .bytes_total = 100}});
   auto samples = ParsePrometheus(metrics.Text(&stats));
   EXPECT_EQ(samples[R"(slalom_device_memory_bytes{device="cuda:0",kind="in_use"})"], 30);
   EXPECT_EQ(samples[R"(slalom_device_memory_bytes{device="cuda:0",kind="reserved"})"], 40);

@@ -48,12 +48,51 @@ TEST(ReplayBufferTest, ANamedFileOutlivesItAndCanBeOpenedAgain) {
   const std::string path = testing::TempDir() + "/slalom_replay.mp4";
   std::filesystem::remove(path);
   { ReplayBuffer(path).Append(Bytes("kept")); }
-  const auto again = ReplayBuffer::Open(path);
-  EXPECT_EQ(again->Read(0, 10), "kept");
-  EXPECT_THROW(ReplayBuffer other(path), Error) << "it must not overwrite";
-  again->Remove();
+  ReplayBuffer again(path);
+  EXPECT_EQ(again.Read(0, 10), "kept");
+  again.Remove();
   EXPECT_FALSE(std::filesystem::exists(path));
-  EXPECT_EQ(again->Read(0, 10), "kept") << "open readers keep the bytes";
+  EXPECT_THROW(again.Append(Bytes("more")), Error);
+  EXPECT_FALSE(std::filesystem::exists(path)) << "and it stays so";
+}
+
+TEST(ReplayBufferTest, ASecondMakingIsComparedWithTheFirst) {
+  const std::string path = testing::TempDir() + "/slalom_replay_again.mp4";
+  std::filesystem::remove(path);
+  { ReplayBuffer(path).Append(Bytes("0123456789")); }
+  ReplayBuffer again(path);
+  EXPECT_EQ(again.size(), 10);
+  again.Append(Bytes("0123"));
+  EXPECT_EQ(again.size(), 10) << "readers lose nothing meanwhile";
+  EXPECT_EQ(again.Read(0, 100), "0123456789");
+  again.Append(Bytes("456789abc"));
+  EXPECT_EQ(again.Read(8, 100), "89abc");
+  again.Close(true);
+  EXPECT_EQ(again.Read(0, 100), "0123456789abc") << "closed, it is read by its name";
+
+  ReplayBuffer other(path);
+  other.Append(Bytes("01"));
+  try {
+    other.Append(Bytes("2X4"));
+    ADD_FAILURE() << "nothing was thrown";
+  } catch (const Error& error) {
+    EXPECT_EQ(error.code(), ErrorCode::kDataLoss);
+  }
+  EXPECT_EQ(other.Read(0, 100), "0123456789abc");
+  other.Remove();
+}
+
+TEST(ReplayBufferTest, TakesNoFileBeforeItsFirstByte) {
+  const auto open_files = [] {
+    const std::filesystem::directory_iterator files("/proc/self/fd");
+    return std::distance(begin(files), end(files));
+  };
+  const auto before = open_files();
+  std::vector<std::unique_ptr<ReplayBuffer>> buffers;
+  for (int i = 0; i < 10; ++i) buffers.push_back(std::make_unique<ReplayBuffer>());
+  EXPECT_EQ(open_files(), before);
+  buffers[0]->Append(Bytes("x"));
+  EXPECT_EQ(open_files(), before + 1);
 }
 
 TEST(ReplayBufferTest, AFullDiskIsResourceExhausted) {
@@ -78,7 +117,8 @@ TEST(ReplayBufferTest, AFullDiskIsResourceExhausted) {
 }
 
 TEST(ReplayBufferTest, AFolderThatIsNotThereIsAnError) {
-  EXPECT_THROW(ReplayBuffer("/no/such/folder/x.mp4"), Error);
+  ReplayBuffer buffer("/no/such/folder/x.mp4");
+  EXPECT_THROW(buffer.Append(Bytes("x")), Error);
 }
 
 }  // namespace
