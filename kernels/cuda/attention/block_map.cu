@@ -231,8 +231,14 @@ struct MassParameters {
   int key_blocks;
   int block_q;
   int block_k;
-  int samples;
+  int tiles_per_block;  // of keys, per key block
+  int samples;          // rows per head
   float scale;
+
+  // Of a sampled row in its head's order.
+  __device__ std::int64_t Position(std::int64_t sampled) const {
+    return (2 * sampled + 1) * length / (2 * samples);
+  }
 };
 
 // The token at position n of the order (y, x, t).
@@ -242,44 +248,102 @@ __device__ inline std::int64_t TokenAt(const TokenGrid& grid, std::int64_t n) {
   return frame * grid.height * grid.width + place;
 }
 
-// One block of threads per sampled row: its share of the softmax on critical blocks.
+constexpr int kMassTile = 64;   // sampled rows, and keys, of one block of threads
+constexpr int kMassDepth = 32;  // channels in shared memory at once
+
+// A tile of rows as columns of shared memory: channels [first, first + kMassDepth).
+template <typename T, typename RowOf>
+__device__ inline void LoadMassTile(const T* x, const RowOf& row_of, int rows, int first,
+                                    int head_size, float (&to)[kMassDepth][kMassTile + 1]) {
+  for (int i = threadIdx.x; i < kMassTile * kMassDepth; i += blockDim.x) {
+    const int row = i / kMassDepth, channel = i % kMassDepth;
+    const bool there = row < rows && first + channel < head_size;
+    to[channel][row] = there ? ToFloat(x[row_of(row) + first + channel]) : 0.0f;
+  }
+}
+
+// partial [B, H, samples, tiles]: the largest score of a sampled row in a tile of keys, and the sum
+// of exp(score - largest). Grid (tiles of keys, groups of samples, B * H). Tiles do not straddle
+// key blocks: a block has p.tiles_per_block.
 template <typename T>
-__global__ void __launch_bounds__(256) MassKernel(const MassParameters p, const T* q, const T* k,
-                                                  const std::uint8_t* classes, float* kept) {
-  extern __shared__ float query[];
-  __shared__ float shared[32];
-  const std::int64_t sampled = blockIdx.x % p.samples;
-  const std::int64_t head_index = blockIdx.x / p.samples;
-  const std::int64_t head = head_index % p.heads;
-  const std::int64_t sample = head_index / p.heads;
-  const std::int64_t position = (2 * sampled + 1) * p.length / (2 * p.samples);
+__global__ void __launch_bounds__(256)
+    MassKernel(const MassParameters p, const T* q, const T* k, float2* partial) {
+  __shared__ float queries[kMassDepth][kMassTile + 1];
+  __shared__ float keys[kMassDepth][kMassTile + 1];
+  const int column = threadIdx.x % 16, row = threadIdx.x / 16;
+  const std::int64_t head = blockIdx.z % p.heads, sample = blockIdx.z / p.heads;
   const bool moved = p.reordered && head >= p.heads / 2;
   const auto row_of = [&](std::int64_t n) {
     const std::int64_t token = moved ? TokenAt(p.grid, n) : n;
     return ((sample * p.length + token) * p.heads + head) * p.head_size;
   };
-  for (int c = threadIdx.x; c < p.head_size; c += blockDim.x) {
-    query[c] = ToFloat(q[row_of(position) + c]);
+  const int first_sample = blockIdx.y * kMassTile;
+  const int block = blockIdx.x / p.tiles_per_block, piece = blockIdx.x % p.tiles_per_block;
+  const std::int64_t first_key = static_cast<std::int64_t>(block) * p.block_k + piece * kMassTile;
+  const std::int64_t end =
+      min(min(first_key + kMassTile, (block + std::int64_t{1}) * p.block_k), p.length);
+  const int key_count = static_cast<int>(max(end - first_key, std::int64_t{0}));
+  float scores[4][4] = {};
+  for (int first = 0; first < p.head_size; first += kMassDepth) {
+    LoadMassTile(
+        q, [&](int i) { return row_of(p.Position(first_sample + i)); }, p.samples - first_sample,
+        first, p.head_size, queries);
+    LoadMassTile(
+        k, [&](int i) { return row_of(first_key + i); }, key_count, first, p.head_size, keys);
+    __syncthreads();
+#pragma unroll 8
+    for (int c = 0; c < kMassDepth; ++c) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          scores[i][j] += queries[c][row + 16 * i] * keys[c][column + 16 * j];
+        }
+      }
+    }
+    __syncthreads();
   }
-  __syncthreads();
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    float largest = -INFINITY, sum = 0.0f;
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      scores[i][j] = column + 16 * j < key_count ? scores[i][j] * p.scale : -INFINITY;
+      largest = fmaxf(largest, scores[i][j]);
+    }
+    largest = GroupMax<16>(largest);
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      if (column + 16 * j < key_count) sum += expf(scores[i][j] - largest);
+    }
+    sum = GroupSum<16>(sum);
+    const int sampled = first_sample + row + 16 * i;
+    if (column == 0 && sampled < p.samples) {
+      partial[(static_cast<std::int64_t>(blockIdx.z) * p.samples + sampled) * gridDim.x +
+              blockIdx.x] = make_float2(largest, sum);
+    }
+  }
+}
+
+// kept [B, H, samples]: the share of the softmax on critical blocks. One block of threads per row.
+__global__ void __launch_bounds__(128) KeptKernel(const MassParameters p, const float2* partial,
+                                                  const std::uint8_t* classes, float* kept) {
+  __shared__ float shared[32];
+  const std::int64_t head_index = blockIdx.x / p.samples;
+  const std::int64_t position = p.Position(blockIdx.x % p.samples);
+  const int tiles = p.key_blocks * p.tiles_per_block;
+  partial += static_cast<std::int64_t>(blockIdx.x) * tiles;
   classes += (head_index * p.query_blocks + position / p.block_q) * p.key_blocks;
-  float max = -INFINITY, sum = 0.0f, critical = 0.0f;
-  for (std::int64_t n = threadIdx.x; n < p.length; n += blockDim.x) {
-    const T* key = k + row_of(n);
-    float score = 0.0f;
-    for (int c = 0; c < p.head_size; ++c) score += query[c] * ToFloat(key[c]);
-    score *= p.scale;
-    const float largest = fmaxf(max, score);
-    const float correction = expf(max - largest);
-    const float share = expf(score - largest);
-    sum = sum * correction + share;
-    critical = critical * correction + (classes[n / p.block_k] == kCriticalByte ? share : 0.0f);
-    max = largest;
+  float largest = -INFINITY, sum = 0.0f, critical = 0.0f;
+  for (int i = threadIdx.x; i < tiles; i += blockDim.x) largest = fmaxf(largest, partial[i].x);
+  largest = BlockMax(largest, shared);
+  for (int i = threadIdx.x; i < tiles; i += blockDim.x) {
+    const float share = partial[i].y * expf(partial[i].x - largest);
+    sum += share;
+    if (classes[i / p.tiles_per_block] == kCriticalByte) critical += share;
   }
-  const float largest = BlockMax(max, shared);
-  const float factor = max == -INFINITY ? 0.0f : expf(max - largest);
-  sum = BlockSum(sum * factor, shared);
-  critical = BlockSum(critical * factor, shared);
+  sum = BlockSum(sum, shared);
+  critical = BlockSum(critical, shared);
   if (threadIdx.x == 0) kept[blockIdx.x] = critical / sum;
 }
 
@@ -455,21 +519,27 @@ void AttentionMassKept(const Context& context, const Tensor& q, const Tensor& k,
                                   static_cast<int>(map.classes.dim(3)),
                                   map.block_q,
                                   map.block_k,
+                                  static_cast<int>(Blocks(map.block_k, kMassTile)),
                                   samples,
                                   scale};
-  const std::int64_t count = q.dim(0) * q.dim(2) * samples;
+  const std::int64_t heads = q.dim(0) * q.dim(2), count = heads * samples;
+  const std::int64_t tiles = std::int64_t{parameters.key_blocks} * parameters.tiles_per_block;
   const Tensor kept = context.Allocate({count}, DType::kF32);
-  const auto blocks = static_cast<unsigned>(count);
-  const std::size_t shared_bytes = sizeof(float) * static_cast<std::size_t>(q.dim(3));
-  const auto* classes = map.classes.data<std::uint8_t>();
+  const Tensor partial = context.Allocate({count, tiles, 2}, DType::kF32);
+  auto* partials = reinterpret_cast<float2*>(partial.raw());
+  const dim3 grid(static_cast<unsigned>(tiles), static_cast<unsigned>(Blocks(samples, kMassTile)),
+                  static_cast<unsigned>(heads));
   if (q.dtype() == DType::kBF16) {
-    MassKernel<<<blocks, 256, shared_bytes, context.stream>>>(
-        parameters, q.data<bf16>(), k.data<bf16>(), classes, kept.data<float>());
+    MassKernel<<<grid, 256, 0, context.stream>>>(parameters, q.data<bf16>(), k.data<bf16>(),
+                                                 partials);
   } else {
-    MassKernel<<<blocks, 256, shared_bytes, context.stream>>>(
-        parameters, q.data<float>(), k.data<float>(), classes, kept.data<float>());
+    MassKernel<<<grid, 256, 0, context.stream>>>(parameters, q.data<float>(), k.data<float>(),
+                                                 partials);
   }
   CheckLaunch("AttentionMassKept");
+  KeptKernel<<<static_cast<unsigned>(count), 128, 0, context.stream>>>(
+      parameters, partials, map.classes.data<std::uint8_t>(), kept.data<float>());
+  CheckLaunch("AttentionMassKept: kept");
   MeanKernel<<<1, 256, 0, context.stream>>>(kept.data<float>(), static_cast<int>(count),
                                             out.data<float>());
   CheckLaunch("AttentionMassKept: mean");

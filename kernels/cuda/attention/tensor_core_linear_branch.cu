@@ -248,8 +248,15 @@ __global__ void __launch_bounds__(kStateThreads, 2)
   }
 }
 
+template <int kD>
+__global__ void __launch_bounds__(kStateThreads) TransposeKernel(const float* from, float* to) {
+  const int i = blockIdx.x * kStateThreads + threadIdx.x;
+  to[i] = from[i % kD * kD + i / kD];
+}
+
 // sums [heads, kD + 1, kD] = the sum of states [heads, chunks, kD + 1, kD], the first kD rows times
-// weight^T where there is one. Grid (groups of rows, heads); a thread per element.
+// `weight`, which is transposed, where there is one. Grid (groups of rows, heads); a thread per
+// element.
 template <int kD>
 __global__ void __launch_bounds__(kStateThreads)
     SumStatesKernel(const float* states, int chunks, const float* weight, bf16* sums) {
@@ -269,11 +276,8 @@ __global__ void __launch_bounds__(kStateThreads)
     __syncthreads();
     if (row < kD) {
       sum = 0.0f;
-      for (int c = 0; c < kD; c += 4) {
-        const float4 w = *reinterpret_cast<const float4*>(weight + column * kD + c);
-        const float4 x = *reinterpret_cast<const float4*>(&rows[own][c]);
-        sum += w.x * x.x + w.y * x.y + w.z * x.z + w.w * x.w;
-      }
+#pragma unroll 16
+      for (int c = 0; c < kD; ++c) sum += weight[c * kD + column] * rows[own][c];
     }
   }
   if (row <= kD) {
@@ -601,7 +605,7 @@ void RunHeads(const Context& context, const LinearBranchArgs& args, const Tensor
                     static_cast<unsigned>(count));
     SumStatesKernel<kD><<<grid, kStateThreads, 0, context.stream>>>(
         states.data<float>(), static_cast<int>(chunks),
-        args.proj_weight.defined() ? args.proj_weight.data<float>() : nullptr, sums.data<bf16>());
+        weight.defined() ? weight.data<float>() : nullptr, sums.data<bf16>());
     CheckLaunch("LinearBranch: sum");
   } else {
     RunStates<kD, bf16>(context, keys, chunks, count, states);
@@ -617,7 +621,7 @@ void RunHeads(const Context& context, const LinearBranchArgs& args, const Tensor
                               static_cast<int>(states_per_head),
                               whole ? 1 : args.map->block_q,
                               whole ? tiles_per_block : 1,
-                              weight.defined() ? weight.data<bf16>() : nullptr,
+                              weight.defined() && !whole ? weight.data<bf16>() : nullptr,
                               args.proj_weight.defined() ? args.proj_bias.data<float>() : nullptr,
                               args.accumulate};
   constexpr std::size_t kBytes = sizeof(ApplyTiles<kD>);
@@ -633,8 +637,13 @@ void RunHeads(const Context& context, const LinearBranchArgs& args, const Tensor
 template <int kD>
 void Run(const Context& context, const LinearBranchArgs& args) {
   const std::int64_t heads = args.q.dim(0) * args.q.dim(2);
-  Tensor weight;  // where it is not folded into the sums
-  if (args.proj_weight.defined() && args.scope != LinearScope::kAll) {
+  Tensor weight;  // bf16; or f32 and transposed, where it is folded into the sums
+  if (args.proj_weight.defined() && args.scope == LinearScope::kAll) {
+    weight = context.Allocate({kD, kD}, DType::kF32);
+    TransposeKernel<kD><<<kD * kD / kStateThreads, kStateThreads, 0, context.stream>>>(
+        args.proj_weight.data<float>(), weight.data<float>());
+    CheckLaunch("LinearBranch: weight");
+  } else if (args.proj_weight.defined()) {
     weight = context.Allocate({kD, kD}, DType::kBF16);
     Convert(context, args.proj_weight, weight);
   }
