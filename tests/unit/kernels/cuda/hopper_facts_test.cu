@@ -265,6 +265,84 @@ TEST_F(HopperProducts, Values128) { Check<Product<128, 64, true>>(); }
 TEST_F(HopperProducts, Channels96) { Check<Product<96, 32, false>>(); }
 TEST_F(HopperProducts, Channels192) { Check<Product<192, 32, false>>(); }
 
+// A convolution's tap: 8 lines of 8 pixels out of a patch of 10 lines of 10, from any row on; b is
+// 64 weights. `kWidth` channels: a row of one of the two swizzles.
+template <int kWidth>
+__global__ void __launch_bounds__(128)
+    PatchKernel(const __grid_constant__ CUtensorMap patch_map,
+                const __grid_constant__ CUtensorMap weight_map, int first_row, float* out) {
+  constexpr std::uint32_t kRowBytes = kWidth * 2;
+  extern __shared__ std::byte dynamic_shared[];
+  std::byte* patch = Align1024(dynamic_shared);
+  std::byte* weights = patch + 13 * 1024;
+  __shared__ std::uint64_t full;
+  if (threadIdx.x == 0) {
+    BarrierInit(&full, 1);
+    BarrierInitFence();
+  }
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    BarrierExpect(&full, (100 + 64) * kRowBytes);
+    CopyBox(&patch_map, &full, patch, 0, 0, 0, 0);
+    CopyBox(&weight_map, &full, weights, 0, 0, 0, 0);
+  }
+  BarrierWait(&full, 0);
+  float d[32] = {};
+  HoldRegisters(d);
+  WgmmaFence();
+#pragma unroll
+  for (int step = 0; step < kWidth / 16; ++step) {
+    const std::uint32_t start = SharedAddress(patch) + first_row * kRowBytes + step * 32;
+    Wgmma64x64<false>(d, SwizzledRows<kRowBytes>(start, 10),
+                      SwizzledRows<kRowBytes>(SharedAddress(weights) + step * 32, 8), step > 0);
+  }
+  WgmmaCommit();
+  WgmmaWait<0>();
+  HoldRegisters(d);
+  const int lane = threadIdx.x % 32;
+  const int row = static_cast<int>(threadIdx.x) / 32 * 16 + lane / 4;
+#pragma unroll
+  for (int i = 0; i < 32; ++i) {
+    out[(row + i % 4 / 2 * 8) * 64 + i / 4 * 8 + 2 * (lane % 4) + i % 2] = d[i];
+  }
+}
+
+class HopperPatches : public HopperFacts {
+ protected:
+  template <int kWidth>
+  void Check() {
+    constexpr std::uint64_t kChannels = kWidth;
+    Buffer<bf16> patch(100 * kChannels), weights(64 * kChannels);
+    FillSmall(patch.host);
+    FillSmall(weights.host);
+    Buffer<float> out(64 * 64);
+    const CUtensorMap patch_map =
+        MakeTensorMap(patch.Upload(), {kChannels, 10, 10, 1},
+                      {kChannels, 10 * kChannels, 100 * kChannels}, {kWidth, 10, 10, 1});
+    const CUtensorMap weight_map =
+        MakeTensorMap(weights.Upload(), {kChannels, 64, 1, 1},
+                      {kChannels, 64 * kChannels, 64 * kChannels}, {kWidth, 64, 1, 1});
+    for (const int first_row : {0, 1, 2, 10, 11, 12, 20, 21, 22}) {
+      PatchKernel<kWidth><<<1, 128, 24 * 1024>>>(patch_map, weight_map, first_row, out.Upload());
+      out.Download();
+      for (int pixel = 0; pixel < 64; ++pixel) {
+        const int row = first_row + pixel / 8 * 10 + pixel % 8;
+        for (int n = 0; n < 64; ++n) {
+          float sum = 0;
+          for (int k = 0; k < kWidth; ++k) {
+            sum += __bfloat162float(patch.host[row * kChannels + k]) *
+                   __bfloat162float(weights.host[n * kChannels + k]);
+          }
+          ASSERT_EQ(out.host[pixel * 64 + n], sum) << "first row " << first_row;
+        }
+      }
+    }
+  }
+};
+
+TEST_F(HopperPatches, ChannelsOfAPatch32) { Check<32>(); }
+TEST_F(HopperPatches, ChannelsOfAPatch64) { Check<64>(); }
+
 // --- warpgroups ---
 
 constexpr int kTurns = 7;
