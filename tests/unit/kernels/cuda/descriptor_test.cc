@@ -1,11 +1,12 @@
 // Operand descriptors of wgmma: a tile as TMA writes it, read by the rules of the PTX ISA, must
 // give the product that the kernels mean.
+#include "kernels/cuda/hopper/descriptor.h"
+
 #include <gtest/gtest.h>
 
 #include <cstdint>
 #include <vector>
 
-#include "kernels/cuda/hopper/descriptor.h"
 #include "tests/unit/kernels/cuda/tma_layout.h"
 
 namespace slalom::cuda {
