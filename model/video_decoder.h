@@ -97,6 +97,8 @@ class VideoDecoder {
 
   VaeConfig config_;
   DType dtype_;
+  // The CPU's convolution works on a copy of its input: behind its history, or doubled in size.
+  bool packs_input_;
   Conv post_quant_;
   Conv conv_in_;
   ResidualBlock middle_in_;

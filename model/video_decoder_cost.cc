@@ -59,15 +59,21 @@ std::size_t VideoDecoder::StateBytes(std::int64_t h, std::int64_t w) const {
 }
 
 std::size_t VideoDecoder::WorkBytes(std::int64_t h, std::int64_t w) const {
-  // Around one convolution live its input, its output, the block's input, and the frames that are
-  // being copied into the state.
+  // Around one convolution live its input, its output and the block's input; then the frames that
+  // are being copied into the state or, before that, the input as the back end packs it.
   std::int64_t most = 0;
   ForEachConv(1, h, w, /*first=*/false,
               [&](const Conv& conv, std::int64_t n, std::int64_t height, std::int64_t width) {
                 const std::int64_t in = conv.weight.dim(4);
                 const std::int64_t out = conv.weight.dim(0);
                 const std::int64_t depth = conv.weight.dim(1) - 1;
-                const std::int64_t wide = n * (in + out + std::max(in, out)) + depth * in;
+                // A kernel over space alone reads an input of half this height and width.
+                const bool doubles = depth == 0 && conv.weight.dim(2) > 1;
+                const std::int64_t alive =
+                    doubles ? n * in / 4 + n * out : n * (in + out + std::max(in, out));
+                const std::int64_t kept = depth * in;
+                const std::int64_t packed = doubles || depth > 0 ? (n + depth) * in : 0;
+                const std::int64_t wide = alive + (packs_input_ ? std::max(kept, packed) : kept);
                 most = std::max(most, height * width * wide);
               });
   return static_cast<std::size_t>(most) * ByteSize(dtype_);

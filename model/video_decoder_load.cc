@@ -89,7 +89,7 @@ class VideoDecoder::Loader {
 
 VideoDecoder::VideoDecoder(Backend& backend, const Weights& weights, const VaeConfig& config,
                            DType dtype)
-    : config_(config), dtype_(dtype) {
+    : config_(config), dtype_(dtype), packs_input_(backend.device().is_cpu()) {
   const Loader loader(backend, weights, dtype);
   const std::int64_t z = config.z_dim;
   const auto levels = static_cast<int>(config.dim_mult.size());
