@@ -4,10 +4,6 @@
 
 namespace slalom {
 
-double FairShare::least() const {
-  return active_.empty() ? floor_ : std::max(floor_, active_.begin()->first);
-}
-
 int FairShare::Enter(const std::string& name, double weight) {
   auto found = numbers_.find(name);
   if (found == numbers_.end()) {
@@ -24,37 +20,42 @@ int FairShare::Enter(const std::string& name, double weight) {
   }
   Tenant& tenant = tenants_[Index(found->second)];
   tenant.weight = weight;
-  if (tenant.jobs++ == 0) {
-    floor_ = least();
-    tenant.used = std::max(tenant.used, floor_);
-    active_.emplace(tenant.used, found->second);
-  }
+  ++tenant.jobs;
   return found->second;
 }
 
-void FairShare::Leave(int number) {
+void FairShare::Leave(int number) { --tenants_[Index(number)].jobs; }
+
+void FairShare::Wait(int number) {
   Tenant& tenant = tenants_[Index(number)];
-  if (--tenant.jobs > 0) return;
-  floor_ = least();
-  active_.erase({tenant.used, number});
+  if (tenant.waiting++ > 0) return;
+  tenant.used = std::max(tenant.used, level_);
+  waiting_.emplace(tenant.used, number);
+}
+
+void FairShare::StopWaiting(int number, bool begins) {
+  Tenant& tenant = tenants_[Index(number)];
+  // What it begins at, unless somebody who waits has used less.
+  if (begins) level_ = std::max(level_, waiting_.begin()->first);
+  if (--tenant.waiting == 0) waiting_.erase({tenant.used, number});
 }
 
 void FairShare::Charge(int number, double device_seconds) {
   Tenant& tenant = tenants_[Index(number)];
-  const double used = tenant.used + device_seconds / tenant.weight;
-  if (tenant.jobs > 0) {
-    active_.erase({tenant.used, number});
-    active_.emplace(used, number);
+  double used = tenant.used + device_seconds / tenant.weight;
+  if (tenant.waiting > 0) {
+    used = std::max(used, level_);  // as if it came now
+    waiting_.erase({tenant.used, number});
+    waiting_.emplace(used, number);
   }
   tenant.used = used;
 }
 
 void FairShare::ForgetLevelOnes() {
   if (numbers_.size() < forget_at_) return;
-  const double level = least();
   for (auto each = numbers_.begin(); each != numbers_.end();) {
     const Tenant& tenant = tenants_[Index(each->second)];
-    if (tenant.jobs == 0 && tenant.used <= level) {
+    if (tenant.jobs == 0 && tenant.used <= level_) {
       free_.push_back(each->second);
       each = numbers_.erase(each);
     } else {

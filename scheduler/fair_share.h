@@ -11,25 +11,28 @@
 
 namespace slalom {
 
-// Device seconds divided by weight, per tenant: the virtual time of weighted fair queueing (start
-// tags as in Goyal, Vin, Cheng: Start-time Fair Queueing, 1996). A tenant is active while it has
-// jobs. Who comes back starts level with the least of the active ones: nobody saves up by being
-// away, and nobody owes for what was used while nobody else wanted it.
+// Device seconds divided by weight, per tenant: the virtual time of weighted fair queueing, with
+// the start tags of Goyal, Vin, Cheng: Start-time Fair Queueing (1996). The level is the tag of
+// what was begun last, or of who waits with less. A tenant whose first job comes into the queue
+// starts at the level or at what it has used, whichever is more: nobody saves up by staying away,
+// and nobody owes for what was used while nobody else waited.
 //
-// A state machine without clock or threads. Tenants that are level and away are forgotten.
+// A state machine without clock or threads. Tenants that are away and owe nothing are forgotten.
 class FairShare {
  public:
   // A job of the tenant's comes; returns the tenant's number, valid until its last job has left.
   // The weight counts from now on; it must be positive.
   int Enter(const std::string& tenant, double weight);
   void Leave(int tenant);
+  // One of its jobs waits, or no more: because it begins, or for another reason.
+  void Wait(int tenant);
+  void StopWaiting(int tenant, bool begins);
   // Adds to what the tenant has used; negative: gives back.
   void Charge(int tenant, double device_seconds);
 
   double used(int tenant) const { return tenants_[Index(tenant)].used; }
   double weight(int tenant) const { return tenants_[Index(tenant)].weight; }
-  // Of the active ones; what it was when the last one left, if there are none.
-  double least() const;
+  double level() const { return level_; }
   std::size_t known() const { return numbers_.size(); }
 
  private:
@@ -38,6 +41,7 @@ class FairShare {
     double weight = 1.0;
     double used = 0;
     int jobs = 0;
+    int waiting = 0;
   };
 
   static std::size_t Index(int tenant) { return static_cast<std::size_t>(tenant); }
@@ -46,8 +50,8 @@ class FairShare {
   std::vector<Tenant> tenants_;  // by number; those that are forgotten have their number in free_
   std::vector<int> free_;
   std::unordered_map<std::string, int> numbers_;
-  std::set<std::pair<double, int>> active_;  // by what they have used
-  double floor_ = 0;                         // never sinks
+  std::set<std::pair<double, int>> waiting_;  // by what they have used
+  double level_ = 0;                          // never sinks
   std::size_t forget_at_ = 256;
 };
 

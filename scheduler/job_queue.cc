@@ -1,6 +1,8 @@
 #include "scheduler/job_queue.h"
 
+#include <algorithm>
 #include <queue>
+#include <utility>
 
 namespace slalom {
 
@@ -34,14 +36,20 @@ JobQueue::~JobQueue() = default;
 
 void JobQueue::Admit(QueuedJob* job, const std::string& tenant, double weight) {
   job->tenant = fair_share_.Enter(tenant, weight);
+  job->weight = weight;
   const auto tenants = static_cast<std::size_t>(job->tenant) + 1;
   if (tenant_lanes_.size() < tenants) tenant_lanes_.resize(tenants);
+  job->left = job->device_seconds;
   job->base_rank =
-      Policy::BaseRank(job->view.arrival, job->device_seconds, weight, job->view.deadline, order_);
+      Policy::BaseRank(job->view.arrival, job->left, weight, job->view.deadline, order_);
+  job->by_deadline =
+      job->base_rank < Policy::BaseRank(job->view.arrival, job->left, weight, std::nullopt, order_);
   job->view.rank = RankOf(*job);
 }
 
 void JobQueue::Push(QueuedJob* job, SchedulerClock::time_point now) {
+  // Who comes back to the queue may have to move to the level; it has no lanes yet.
+  fair_share_.Wait(job->tenant);
   const JobView& view = job->view;
   PushIntoClass(job, Policy::ClassOf(view.priority, view.arrival, now, order_));
   if (const auto change = Policy::NextClassChange(view.priority, view.arrival, now, order_)) {
@@ -50,7 +58,9 @@ void JobQueue::Push(QueuedJob* job, SchedulerClock::time_point now) {
   ++size_;
 }
 
-void JobQueue::Remove(QueuedJob* job) {
+void JobQueue::Remove(QueuedJob* job) { Remove(job, /*begins=*/false); }
+
+void JobQueue::Remove(QueuedJob* job, bool begins) {
   if (job->lane == nullptr) return;
   job->view.rank = RankOf(*job);
   RemoveFromLane(job);
@@ -61,18 +71,26 @@ void JobQueue::Remove(QueuedJob* job) {
     if (!change || promotions_.erase({*change, job}) > 0) break;
     at = *change;
   }
+  fair_share_.StopWaiting(job->tenant, begins);
   --size_;
 }
 
-void JobQueue::Begin(QueuedJob* job) {
-  Remove(job);
-  job->charged += job->device_seconds;
-  Charge(job->tenant, job->device_seconds);
+void JobQueue::Begin(QueuedJob* job) { Remove(job, /*begins=*/true); }
+
+void JobQueue::Progress(QueuedJob* job, double left) {
+  const double done = std::exchange(job->left, left) - left;
+  if (!job->by_deadline) job->base_rank -= order_.stretch * done / job->weight;
+  job->charged += done;
+  Charge(job->tenant, done);
 }
 
 void JobQueue::Settle(QueuedJob* job, double device_seconds) {
   Charge(job->tenant, device_seconds - job->charged);
   job->charged = device_seconds;
+  if (!job->by_deadline) {
+    job->base_rank += order_.stretch * (job->device_seconds - job->left) / job->weight;
+  }
+  job->left = job->device_seconds;
 }
 
 void JobQueue::Retire(QueuedJob* job) {
@@ -163,13 +181,19 @@ QueuedJob* JobQueue::FirstLike(int pool, std::string_view likely_key,
   return lanes == by_key.end() ? nullptr : Front(**lanes->second.begin());
 }
 
-double JobQueue::RankOf(const QueuedJob& job) const { return job.base_rank + Usage(job.tenant); }
+double JobQueue::RankOf(const QueuedJob& job) const {
+  if (job.lane != nullptr) return job.base_rank + Usage(job.tenant);
+  const bool begun = job.view.begun();
+  if (begun && job.by_deadline) return job.view.rank;
+  if (begun) return job.base_rank + Usage(job.tenant);
+  // A tenant that had nothing in the queue comes in at the level.
+  const double used = std::max(fair_share_.used(job.tenant), fair_share_.level());
+  return job.base_rank + order_.usage_stretch * used;
+}
 
 // --- Lanes ---
 
-double JobQueue::Usage(int tenant) const {
-  return order_.fair_share ? order_.stretch * fair_share_.used(tenant) : 0.0;
-}
+double JobQueue::Usage(int tenant) const { return order_.usage_stretch * fair_share_.used(tenant); }
 
 QueuedJob* JobQueue::Front(const JobLane& lane) const {
   QueuedJob* job = *lane.jobs.begin();
@@ -249,7 +273,7 @@ void JobQueue::RemoveFromLane(QueuedJob* job) {
 }
 
 void JobQueue::Charge(int tenant, double device_seconds) {
-  if (!order_.fair_share || device_seconds == 0) return;
+  if (device_seconds == 0) return;
   const std::vector<JobLane*>& lanes = tenant_lanes_[static_cast<std::size_t>(tenant)];
   for (JobLane* lane : lanes) Unlink(lane);
   fair_share_.Charge(tenant, device_seconds);

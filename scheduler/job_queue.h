@@ -30,19 +30,27 @@ struct QueuedJob {
   double device_seconds = 0;  // predicted, for all of it
 
   // The queue's own.
-  double base_rank = 0;
+  double base_rank = 0;      // of what is left of it
+  bool by_deadline = false;  // which is sooner than its size alone would say
   int tenant = -1;
+  double weight = 1.0;
   JobLane* lane = nullptr;  // set while it is queued
+  double left = 0;          // device seconds, of those predicted
   double charged = 0;       // to its tenant so far
 };
 
-// The order is class, then rank, then arrival (Policy::Before). A rank is the job's BaseRank plus
-// `stretch` seconds for each device second (by weight) that its tenant has used. A beginning job is
-// charged to its tenant with what it is predicted to take, its end puts that right: so a tenant's
-// next job stands behind at once, and a job that runs never changes its own place.
+// The order is class, then rank, then arrival (Policy::Before). A rank is
+//
+//     arrival + stretch * (what is left of the job) + usage_stretch * (what its tenant has used)
+//
+// with device seconds divided by the tenant's weight, or the deadline in place of arrival and size
+// when that is sooner. It ages with the clock against those who come later; among one tenant's jobs
+// the shortest goes first; among tenants the one that has used least. What a job works moves from
+// its own part to its tenant's, so that a job which runs never loses rank: nobody takes turns with
+// his equals, step by step. A job that runs for its deadline keeps the rank it began with.
 //
 // Jobs that agree in pool, class, tenant and likely key form a lane, whose order never changes;
-// only lanes move. Push, Begin, Charge and First cost the logarithm of the number of lanes.
+// only lanes move. Push, Begin, Progress and First cost the logarithm of the number of lanes.
 //
 // A state machine without clock or threads: time comes with the calls.
 class JobQueue {
@@ -59,9 +67,11 @@ class JobQueue {
   void Push(QueuedJob* job, SchedulerClock::time_point now);
   // Takes it out of the queue (no more); nothing if it is not in it.
   void Remove(QueuedJob* job);
-  // Takes it out because a device begins it: charges its tenant, freezes its rank.
+  // Takes it out because a device begins it.
   void Begin(QueuedJob* job);
-  // It is over, or back from a lost device: what it has really used counts.
+  // So many device seconds are left of a begun job, as predicted now.
+  void Progress(QueuedJob* job, double left);
+  // It is over, or back from a lost device: what it has really used counts, and all of it is left.
   void Settle(QueuedJob* job, double device_seconds);
   // Its tenant has one job less.
   void Retire(QueuedJob* job);
@@ -76,7 +86,8 @@ class JobQueue {
   QueuedJob* First(std::span<const int> pools, const Accept& accept = nullptr, int most = 64) const;
   // The first job of the pool, in order, with that likely key and class.
   QueuedJob* FirstLike(int pool, std::string_view likely_key, Priority current_class) const;
-  // Its rank as of now, whether or not it is queued.
+  // Its rank as of now, whether it is queued or not. view.rank is as old as the last call that said
+  // it would set it.
   double RankOf(const QueuedJob& job) const;
 
   std::size_t size() const { return size_; }
@@ -100,6 +111,7 @@ class JobQueue {
   void Link(JobLane* lane);
   void Unlink(JobLane* lane);
   void PushIntoClass(QueuedJob* job, Priority current_class);
+  void Remove(QueuedJob* job, bool begins);
   void RemoveFromLane(QueuedJob* job);
   void Charge(int tenant, double device_seconds);
   QueuedJob* Front(const JobLane& lane) const;

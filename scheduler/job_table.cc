@@ -346,6 +346,7 @@ Progress JobTable::ReportBegun(const JobPtr& job, int max_batch) {
   const bool denoised = job->generation->denoised();
   view.phase = denoised ? JobView::Phase::kDenoised : JobView::Phase::kStepping;
   job->state = JobState::kDenoising;
+  queue_.Progress(job.get(), Policy::RemainingSeconds(view));
   return ProgressLocked(*job);
 }
 
@@ -357,6 +358,7 @@ Progress JobTable::ReportStep(const JobPtr& job, int batch) {
   view.cost.step_seconds = costs_.StepSeconds(kind, job->prior, batch) / batch;
   view.marginal = costs_.Marginal(kind, job->prior);
   if (job->generation->denoised()) view.phase = JobView::Phase::kDenoised;
+  queue_.Progress(job.get(), Policy::RemainingSeconds(view));
   return ProgressLocked(*job);
 }
 
@@ -368,6 +370,7 @@ Progress JobTable::ReportFrames(const JobPtr& job, int sent) {
     job->view.cost.decode_seconds = job->decode_seconds * all / job->decoded;
   }
   job->view.decode_left = std::max(0.0, 1.0 - static_cast<double>(job->decoded) / all);
+  queue_.Progress(job.get(), Policy::RemainingSeconds(job->view));
   return ProgressLocked(*job);
 }
 

@@ -12,9 +12,9 @@ Job* JobTable::FindLive(const std::string& id) const {
 
 // --- Who goes first ---
 
-// What its tenant uses moves a queued job.
+// What its tenant uses moves a job.
 void JobTable::RefreshRank(Job& job) const {
-  if (job.owner == Job::kNoWorker && job.tenant >= 0) job.view.rank = queue_.RankOf(job);
+  if (job.tenant >= 0) job.view.rank = queue_.RankOf(job);
 }
 
 void JobTable::AddTo(Forecast* forecast, const Job& job) const {

@@ -85,6 +85,7 @@ bool JobTable::PlacedHere(const Job& job, int worker, Clock::time_point now,
     const std::vector<JobPtr>& begun = workers_[static_cast<std::size_t>(other)].begun;
     offer.idle = begun.empty() && offer.ahead_seconds == 0;
     for (const JobPtr& each : begun) {
+      RefreshRank(*each);
       if (!each->view.stalled() &&
           Policy::Before(each->view, job.view, now, options_.limits.order)) {
         offer.ahead_seconds += Policy::RemainingSeconds(each->view);
@@ -149,6 +150,7 @@ JobTable::Turn JobTable::NextTurn(int worker, std::uint64_t epoch) {
   for (const JobPtr& job : jobs) {
     UpdateStall(*job, now);
     if (const auto why = WhyEnd(*job, now, &look_again)) turn.endings.push_back({job, *why});
+    job->view.rank = queue_.RankOf(*job);
     views.push_back(job->view);
   }
   if (!turn.endings.empty()) return turn;
@@ -175,8 +177,8 @@ void JobTable::Take(int worker, const Action& action, const std::vector<JobPtr>&
   for (const std::size_t i : action.jobs) turn->jobs.push_back(shown[i]);
   for (const JobPtr& job : turn->jobs) {
     if (action.kind == Action::Kind::kBegin) {
-      LeaveQueue(*job);
       queue_.Begin(job.get());
+      LeaveQueue(*job);
       --queued_;
       job->owner = worker;
       job->state = JobState::kEncoding;

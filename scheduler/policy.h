@@ -27,8 +27,7 @@ struct JobView {
   std::uint64_t sequence = 0;  // order of arrival, unique
   SchedulerClock::time_point arrival;
   std::optional<SchedulerClock::time_point> deadline;
-  // Its place within its class: lower goes first. Policy::BaseRank plus what its tenant has used
-  // (JobQueue); it stays as it was when the job began.
+  // Its place within its class: lower goes first. JobQueue::RankOf says what it is made of.
   double rank = 0;
   // Begun jobs with equal batch keys may share a step. Which jobs will have equal ones is guessed
   // from their specs before they have begun: equal likely keys.
@@ -53,12 +52,15 @@ struct JobView {
 
 // How jobs are ordered. The defaults are the service's; others are there to compare with.
 struct PolicyOrder {
-  // Seconds of waiting that a job yields for each device second that it, or its tenant, takes: a
-  // clip of a minute lets pass what comes within stretch minutes and is small. 0: by arrival.
-  // 20 is where the short jobs' p95 no longer gains (tests/bench/simulate, RESULTS.md).
-  double stretch = 20;
-  bool fair_share = true;  // tenants that used more stand behind those that used less
-  bool classes = true;     // priority comes before everything else
+  // Seconds of waiting that a job yields for each device second that it takes: a clip of a minute
+  // lets pass what comes within `stretch` minutes and is small. 0: by arrival. Chosen with
+  // tests/bench/simulate: RESULTS.md.
+  double stretch = 60;
+  // The same for each device second that its tenant has used more than others: tenants who always
+  // have jobs waiting stay within (difference of their waits) / usage_stretch device seconds of
+  // their shares. 0: tenants do not matter. At most `stretch`, or equals would take turns.
+  double usage_stretch = 10;
+  bool classes = true;  // priority comes before everything else
   // A job that has waited so long counts as one class higher; twice as long, two. 0: never.
   double ageing_seconds = 3600;
 };
@@ -95,7 +97,8 @@ class Policy {
                      const PolicyOrder& order);
 
   // A job's place by itself, in seconds of the scheduler's clock: when it came, plus what it yields
-  // to smaller ones; its deadline when that is sooner. `weight` is its tenant's share.
+  // to smaller ones for the device seconds that it takes; its deadline when that is sooner.
+  // `weight` is its tenant's share.
   static double BaseRank(SchedulerClock::time_point arrival, double device_seconds, double weight,
                          std::optional<SchedulerClock::time_point> deadline,
                          const PolicyOrder& order);
