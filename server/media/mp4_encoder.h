@@ -13,7 +13,7 @@ struct VideoFormat {
   int height = 0;    // pixels, even
   int fps = 16;      // 1 to 120
   int quality = 75;  // 1 to 100, see CrfOf
-  int threads = 1;   // slices that are encoded side by side; slices add no delay, frame threads do
+  int threads = 1;   // frames encoded side by side; each but the first holds one frame back
 };
 
 // x264's constant rate factor for a quality of 1 (crf 40) to 100 (crf 10).
