@@ -40,6 +40,7 @@ void JobQueue::Admit(QueuedJob* job, const std::string& tenant, double weight) {
   const auto tenants = static_cast<std::size_t>(job->tenant) + 1;
   if (tenant_lanes_.size() < tenants) tenant_lanes_.resize(tenants);
   job->left = job->device_seconds;
+  if (!order_.classes) job->view.priority = Priority::kNormal;
   job->base_rank =
       Policy::BaseRank(job->view.arrival, job->left, weight, job->view.deadline, order_);
   job->by_deadline =
@@ -47,13 +48,12 @@ void JobQueue::Admit(QueuedJob* job, const std::string& tenant, double weight) {
   job->view.rank = RankOf(*job);
 }
 
-void JobQueue::Push(QueuedJob* job, SchedulerClock::time_point now) {
+void JobQueue::Push(QueuedJob* job) {
   // Who comes back to the queue may have to move to the level; it has no lanes yet.
   fair_share_.Wait(job->tenant);
-  const JobView& view = job->view;
-  PushIntoClass(job, Policy::ClassOf(view.priority, view.arrival, now, order_));
-  if (const auto change = Policy::NextClassChange(view.priority, view.arrival, now, order_)) {
-    promotions_.emplace(*change, job);
+  PushIntoLane(job);
+  if (job->view.priority != Priority::kHigh) {
+    pools_[job->pool].may_age.emplace(job->view.arrival, job);
   }
   ++size_;
 }
@@ -64,20 +64,18 @@ void JobQueue::Remove(QueuedJob* job, bool begins) {
   if (job->lane == nullptr) return;
   job->view.rank = RankOf(*job);
   RemoveFromLane(job);
-  const JobView& view = job->view;
-  // Its entry is the one change after that which Age has already made: at most two to look for.
-  for (auto at = view.arrival;;) {
-    const auto change = Policy::NextClassChange(view.priority, view.arrival, at, order_);
-    if (!change || promotions_.erase({*change, job}) > 0) break;
-    at = *change;
-  }
+  pools_[job->pool].may_age.erase({job->view.arrival, job});
   fair_share_.StopWaiting(job->tenant, begins);
   --size_;
 }
 
-void JobQueue::Begin(QueuedJob* job) { Remove(job, /*begins=*/true); }
+void JobQueue::Begin(QueuedJob* job) {
+  aged_credit_ = std::min(0.0, aged_credit_ + order_.ageing_share * job->device_seconds);
+  Remove(job, /*begins=*/true);
+}
 
-void JobQueue::Progress(QueuedJob* job, double left) {
+void JobQueue::Progress(QueuedJob* job, double fraction_left) {
+  const double left = std::min(job->left, fraction_left * job->device_seconds);
   const double done = std::exchange(job->left, left) - left;
   if (!job->by_deadline) job->base_rank -= order_.stretch * done / job->weight;
   job->charged += done;
@@ -101,17 +99,28 @@ void JobQueue::Retire(QueuedJob* job) {
 
 // --- Candidates ---
 
+// Credit is given out before it is there and earned back by what begins: one aged job at a time.
 void JobQueue::Age(SchedulerClock::time_point now) {
-  while (!promotions_.empty() && promotions_.begin()->first <= now) {
-    QueuedJob* job = promotions_.begin()->second;
-    promotions_.erase(promotions_.begin());
+  if (order_.ageing_seconds <= 0) return;
+  for (auto& [number, pool] : pools_) {
+    if (aged_credit_ < 0) return;
+    if (pool.may_age.empty()) continue;
+    const auto [arrival, job] = *pool.may_age.begin();
+    const double waited = std::chrono::duration<double>(now - arrival).count();
+    if (waited < order_.ageing_seconds || !HigherClassWaits(pool, *job)) continue;
+    pool.may_age.erase(pool.may_age.begin());
+    aged_credit_ -= job->device_seconds;
     RemoveFromLane(job);
-    const JobView& view = job->view;
-    PushIntoClass(job, Policy::ClassOf(view.priority, view.arrival, now, order_));
-    if (const auto change = Policy::NextClassChange(view.priority, view.arrival, now, order_)) {
-      promotions_.emplace(*change, job);
-    }
+    job->view.priority = Priority::kHigh;
+    PushIntoLane(job);
   }
+}
+
+bool JobQueue::HigherClassWaits(const Pool& pool, const QueuedJob& job) {
+  for (int c = static_cast<int>(job.view.priority) + 1; c < kNumPriorities; ++c) {
+    if (!pool.classes[c].all.empty()) return true;
+  }
+  return false;
 }
 
 QueuedJob* JobQueue::First(std::span<const int> pools, const Accept& accept, int most) const {
@@ -172,11 +181,10 @@ QueuedJob* JobQueue::First(std::span<const int> pools, const Accept& accept, int
   return nullptr;
 }
 
-QueuedJob* JobQueue::FirstLike(int pool, std::string_view likely_key,
-                               Priority current_class) const {
+QueuedJob* JobQueue::FirstLike(int pool, std::string_view likely_key, Priority priority) const {
   const auto found = pools_.find(pool);
   if (found == pools_.end()) return nullptr;
-  const auto& by_key = found->second.classes[static_cast<int>(current_class)].by_key;
+  const auto& by_key = found->second.classes[static_cast<int>(priority)].by_key;
   const auto lanes = by_key.find(likely_key);
   return lanes == by_key.end() ? nullptr : Front(**lanes->second.begin());
 }
@@ -234,8 +242,8 @@ void JobQueue::Unlink(JobLane* lane) {
   }
 }
 
-void JobQueue::PushIntoClass(QueuedJob* job, Priority current_class) {
-  const int c = static_cast<int>(current_class);
+void JobQueue::PushIntoLane(QueuedJob* job) {
+  const int c = static_cast<int>(job->view.priority);
   LaneName name(job->pool, c, job->tenant, std::string(job->view.likely_key));
   std::unique_ptr<JobLane>& lane = lanes_[std::move(name)];
   if (lane == nullptr) {

@@ -64,13 +64,13 @@ class JobQueue {
 
   // The tenant has one job more; view.rank becomes what the job would have if pushed now.
   void Admit(QueuedJob* job, const std::string& tenant, double weight);
-  void Push(QueuedJob* job, SchedulerClock::time_point now);
+  void Push(QueuedJob* job);
   // Takes it out of the queue (no more); nothing if it is not in it.
   void Remove(QueuedJob* job);
   // Takes it out because a device begins it.
   void Begin(QueuedJob* job);
-  // So many device seconds are left of a begun job, as predicted now.
-  void Progress(QueuedJob* job, double left);
+  // Of a begun job, that part is left; it never grows.
+  void Progress(QueuedJob* job, double fraction_left);
   // It is over, or back from a lost device: what it has really used counts, and all of it is left.
   void Settle(QueuedJob* job, double device_seconds);
   // Its tenant has one job less.
@@ -78,14 +78,15 @@ class JobQueue {
 
   // --- Candidates ---
 
-  // Moves jobs that have waited long enough to the next class. Before asking for candidates.
+  // Raises the oldest job to the highest class if it has waited long enough behind higher ones and
+  // it is the turn of the aged. Before asking for candidates.
   void Age(SchedulerClock::time_point now);
   using Accept = std::function<bool(const QueuedJob&)>;
   // The first job of these pools, in order, that `accept` takes (null: any). Looks at
   // `most` jobs at most. view.rank is up to date. Null when there is none.
   QueuedJob* First(std::span<const int> pools, const Accept& accept = nullptr, int most = 64) const;
-  // The first job of the pool, in order, with that likely key and class.
-  QueuedJob* FirstLike(int pool, std::string_view likely_key, Priority current_class) const;
+  // The first job of the pool, in order, with that likely key and priority.
+  QueuedJob* FirstLike(int pool, std::string_view likely_key, Priority priority) const;
   // Its rank as of now, whether it is queued or not. view.rank is as old as the last call that said
   // it would set it.
   double RankOf(const QueuedJob& job) const;
@@ -104,13 +105,16 @@ class JobQueue {
   };
   struct Pool {
     ClassLanes classes[kNumPriorities];
+    // Those below the highest class, by arrival.
+    std::set<std::pair<SchedulerClock::time_point, QueuedJob*>> may_age;
   };
 
   double Usage(int tenant) const;
   ClassLanes& LanesOf(const JobLane& lane);
   void Link(JobLane* lane);
   void Unlink(JobLane* lane);
-  void PushIntoClass(QueuedJob* job, Priority current_class);
+  static bool HigherClassWaits(const Pool& pool, const QueuedJob& job);
+  void PushIntoLane(QueuedJob* job);
   void Remove(QueuedJob* job, bool begins);
   void RemoveFromLane(QueuedJob* job);
   void Charge(int tenant, double device_seconds);
@@ -122,7 +126,7 @@ class JobQueue {
   std::map<LaneName, std::unique_ptr<JobLane>> lanes_;
   std::vector<std::vector<JobLane*>> tenant_lanes_;  // by tenant number
   std::unordered_map<int, Pool> pools_;
-  std::set<std::pair<SchedulerClock::time_point, QueuedJob*>> promotions_;
+  double aged_credit_ = 0;  // device seconds that the aged may have
   std::size_t size_ = 0;
 };
 

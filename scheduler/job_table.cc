@@ -193,7 +193,7 @@ void JobTable::Publish(const JobPtr& job) {
   if (job->end_reason) {
     to_sweep_.push_back(job);
   } else {
-    queue_.Push(job.get(), Clock::now());
+    queue_.Push(job.get());
     if (job->view.deadline) queued_deadlines_.emplace(*job->view.deadline, job.get());
     if (DevicesOf(job->pool) == 0) to_sweep_.push_back(job);
   }
@@ -346,7 +346,7 @@ Progress JobTable::ReportBegun(const JobPtr& job, int max_batch) {
   const bool denoised = job->generation->denoised();
   view.phase = denoised ? JobView::Phase::kDenoised : JobView::Phase::kStepping;
   job->state = JobState::kDenoising;
-  queue_.Progress(job.get(), Policy::RemainingSeconds(view));
+  queue_.Progress(job.get(), Policy::FractionLeft(view, job->request.spec.steps));
   return ProgressLocked(*job);
 }
 
@@ -358,7 +358,7 @@ Progress JobTable::ReportStep(const JobPtr& job, int batch) {
   view.cost.step_seconds = costs_.StepSeconds(kind, job->prior, batch) / batch;
   view.marginal = costs_.Marginal(kind, job->prior);
   if (job->generation->denoised()) view.phase = JobView::Phase::kDenoised;
-  queue_.Progress(job.get(), Policy::RemainingSeconds(view));
+  queue_.Progress(job.get(), Policy::FractionLeft(view, job->request.spec.steps));
   return ProgressLocked(*job);
 }
 
@@ -370,7 +370,7 @@ Progress JobTable::ReportFrames(const JobPtr& job, int sent) {
     job->view.cost.decode_seconds = job->decode_seconds * all / job->decoded;
   }
   job->view.decode_left = std::max(0.0, 1.0 - static_cast<double>(job->decoded) / all);
-  queue_.Progress(job.get(), Policy::RemainingSeconds(job->view));
+  queue_.Progress(job.get(), Policy::FractionLeft(job->view, job->request.spec.steps));
   return ProgressLocked(*job);
 }
 
@@ -445,7 +445,7 @@ void JobTable::Requeue(const JobPtr& job) {
   if (job->end_reason) {
     to_sweep_.push_back(job);
   } else {
-    queue_.Push(job.get(), Clock::now());
+    queue_.Push(job.get());
     if (view.deadline) queued_deadlines_.emplace(*view.deadline, job.get());
     if (DevicesOf(job->pool) == 0) to_sweep_.push_back(job);
   }

@@ -181,8 +181,7 @@ class JobTable {
   // The queued jobs that a worker chooses from; true when one was left to another device.
   bool AddCandidates(int worker, SchedulerClock::time_point now, std::vector<JobPtr>* jobs,
                      std::vector<JobView>* views);
-  bool PlacedHere(const Job& job, int worker, SchedulerClock::time_point now,
-                  std::vector<double>* handed_on) const;
+  bool PlacedHere(const Job& job, int worker, std::vector<double>* handed_on) const;
   void Take(int worker, const Action& action, const std::vector<JobPtr>& shown, Turn* turn);
 
   void RefreshRank(Job& job) const;

@@ -34,15 +34,12 @@ Forecast::Wait JobTable::WaitOf(const Forecast& forecast, const Job& job) const 
 }
 
 Forecast::Wait JobTable::WaitOf(Job& job) const {
-  const auto now = SchedulerClock::now();
   RefreshRank(job);
   Forecast forecast(workers_.size());
   for (const auto& [sequence, other] : live_) {
     if (other.get() == &job) continue;
     RefreshRank(*other);
-    if (Policy::Before(other->view, job.view, now, options_.limits.order)) {
-      AddTo(&forecast, *other);
-    }
+    if (Policy::Before(other->view, job.view)) AddTo(&forecast, *other);
   }
   return WaitOf(forecast, job);
 }
@@ -104,15 +101,13 @@ std::optional<JobStatus> JobTable::Find(const std::string& id) const {
 
 std::vector<JobStatus> JobTable::List() const {
   const std::lock_guard lock(mutex_);
-  const auto now = SchedulerClock::now();
   std::vector<Job*> live;
   for (const auto& [sequence, job] : live_) {
     RefreshRank(*job);
     live.push_back(job.get());
   }
-  std::sort(live.begin(), live.end(), [&](const Job* a, const Job* b) {
-    return Policy::Before(a->view, b->view, now, options_.limits.order);
-  });
+  std::sort(live.begin(), live.end(),
+            [](const Job* a, const Job* b) { return Policy::Before(a->view, b->view); });
   std::vector<JobStatus> list;
   list.reserve(live.size() + finished_.size());
   Forecast forecast(workers_.size());

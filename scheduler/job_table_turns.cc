@@ -67,8 +67,7 @@ std::optional<Error> JobTable::WhyEnd(const Job& job, Clock::time_point now,
 
 // --- Workers ---
 
-bool JobTable::PlacedHere(const Job& job, int worker, Clock::time_point now,
-                          std::vector<double>* handed_on) const {
+bool JobTable::PlacedHere(const Job& job, int worker, std::vector<double>* handed_on) const {
   const std::uint64_t devices = DevicesOf(job.pool);
   if (std::has_single_bit(devices)) return true;
   std::vector<DeviceOffer> offers;
@@ -86,8 +85,7 @@ bool JobTable::PlacedHere(const Job& job, int worker, Clock::time_point now,
     offer.idle = begun.empty() && offer.ahead_seconds == 0;
     for (const JobPtr& each : begun) {
       RefreshRank(*each);
-      if (!each->view.stalled() &&
-          Policy::Before(each->view, job.view, now, options_.limits.order)) {
+      if (!each->view.stalled() && Policy::Before(each->view, job.view)) {
         offer.ahead_seconds += Policy::RemainingSeconds(each->view);
       }
     }
@@ -119,9 +117,7 @@ bool JobTable::AddCandidates(int worker, Clock::time_point now, std::vector<JobP
     for (std::size_t i = 0; i < begun; ++i) {
       const JobView view = (*views)[i];
       if (view.phase != JobView::Phase::kStepping || view.max_batch <= 1) continue;
-      const Priority current =
-          Policy::ClassOf(view.priority, view.arrival, now, options_.limits.order);
-      if (QueuedJob* mate = queue_.FirstLike((*jobs)[i]->pool, view.likely_key, current)) {
+      if (QueuedJob* mate = queue_.FirstLike((*jobs)[i]->pool, view.likely_key, view.priority)) {
         add(mate);
       }
     }
@@ -129,7 +125,7 @@ bool JobTable::AddCandidates(int worker, Clock::time_point now, std::vector<JobP
   std::vector<double> handed_on(workers_.size());
   bool left_to_others = false;
   QueuedJob* first = queue_.First(record.pools, [&](const QueuedJob& job) {
-    const bool here = PlacedHere(static_cast<const Job&>(job), worker, now, &handed_on);
+    const bool here = PlacedHere(static_cast<const Job&>(job), worker, &handed_on);
     left_to_others |= !here;
     return here;
   });

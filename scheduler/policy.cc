@@ -1,7 +1,6 @@
 #include "scheduler/policy.h"
 
 #include <algorithm>
-#include <cmath>
 #include <optional>
 
 namespace slalom {
@@ -21,15 +20,14 @@ std::size_t WorkingBytes(const ClipCost& cost) {
 class Planner {
  public:
   Planner(std::span<const JobView> jobs, Clock::time_point now, const PolicyLimits& limits)
-      : jobs_(jobs), now_(now), limits_(limits) {
+      : jobs_(jobs), limits_(limits) {
     order_.reserve(jobs.size());
     for (std::size_t i = 0; i < jobs.size(); ++i) {
       if (!jobs[i].deadline || *jobs[i].deadline > now) order_.push_back(i);
       Count(jobs[i]);
     }
-    std::sort(order_.begin(), order_.end(), [&](std::size_t a, std::size_t b) {
-      return Policy::Before(jobs_[a], jobs_[b], now_, limits_.order);
-    });
+    std::sort(order_.begin(), order_.end(),
+              [&](std::size_t a, std::size_t b) { return Policy::Before(jobs_[a], jobs_[b]); });
   }
 
   Action Plan() const {
@@ -98,13 +96,9 @@ class Planner {
     return std::nullopt;
   }
 
-  Priority ClassOf(const JobView& job) const {
-    return Policy::ClassOf(job.priority, job.arrival, now_, limits_.order);
-  }
-
   // Only equals share: a job of a lower class would slow the lead down.
   bool MayShare(const JobView& lead, const JobView& other) const {
-    return !other.alone && ClassOf(other) == ClassOf(lead) &&
+    return !other.alone && other.priority == lead.priority &&
            (other.begun() ? other.batch_key == lead.batch_key
                           : other.likely_key == lead.likely_key);
   }
@@ -149,7 +143,6 @@ class Planner {
   }
 
   const std::span<const JobView> jobs_;
-  const Clock::time_point now_;
   const PolicyLimits& limits_;
   std::vector<std::size_t> order_;
   int in_flight_ = 0;
@@ -165,11 +158,8 @@ Action Policy::Plan(std::span<const JobView> jobs, Clock::time_point now,
   return Planner(jobs, now, limits).Plan();
 }
 
-bool Policy::Before(const JobView& a, const JobView& b, Clock::time_point now,
-                    const PolicyOrder& order) {
-  const Priority class_a = ClassOf(a.priority, a.arrival, now, order);
-  const Priority class_b = ClassOf(b.priority, b.arrival, now, order);
-  if (class_a != class_b) return class_a > class_b;
+bool Policy::Before(const JobView& a, const JobView& b) {
+  if (a.priority != b.priority) return a.priority > b.priority;
   if (a.rank != b.rank) return a.rank < b.rank;
   return a.sequence < b.sequence;
 }
@@ -183,32 +173,15 @@ double Policy::BaseRank(Clock::time_point arrival, double device_seconds, double
   return rank;
 }
 
-Priority Policy::ClassOf(Priority priority, Clock::time_point arrival, Clock::time_point now,
-                         const PolicyOrder& order) {
-  if (!order.classes) return Priority::kNormal;
-  if (priority == Priority::kHigh || order.ageing_seconds <= 0) return priority;
-  const double steps = std::floor(std::max(0.0, Seconds(now - arrival)) / order.ageing_seconds);
-  const double top = static_cast<double>(Priority::kHigh);
-  return static_cast<Priority>(
-      static_cast<int>(std::min(top, static_cast<double>(priority) + steps)));
-}
-
-std::optional<Clock::time_point> Policy::NextClassChange(Priority priority,
-                                                         Clock::time_point arrival,
-                                                         Clock::time_point now,
-                                                         const PolicyOrder& order) {
-  if (!order.classes || order.ageing_seconds <= 0) return std::nullopt;
-  const Priority current = ClassOf(priority, arrival, now, order);
-  if (current == Priority::kHigh) return std::nullopt;
-  const int steps = static_cast<int>(current) - static_cast<int>(priority) + 1;
-  const auto wait = std::chrono::duration<double>(steps * order.ageing_seconds);
-  // A moment later than the arithmetic says, so that rounding cannot leave it just short.
-  return arrival + std::chrono::ceil<Clock::duration>(wait) + std::chrono::microseconds(1);
-}
-
 double Policy::RemainingSeconds(const JobView& job) {
   const double begin = job.begun() ? 0.0 : job.cost.begin_seconds;
   return begin + job.steps_left * job.cost.step_seconds + job.decode_left * job.cost.decode_seconds;
+}
+
+double Policy::FractionLeft(const JobView& job, int steps) {
+  const ClipCost& cost = job.cost;
+  const double all = cost.begin_seconds + steps * cost.step_seconds + cost.decode_seconds;
+  return all > 0 ? std::min(1.0, RemainingSeconds(job) / all) : 1.0;
 }
 
 }  // namespace slalom

@@ -23,8 +23,8 @@ struct JobView {
     kDecoding,  // holds decoder state
   };
   Phase phase = Phase::kQueued;
-  Priority priority = Priority::kNormal;
-  std::uint64_t sequence = 0;  // order of arrival, unique
+  Priority priority = Priority::kNormal;  // its class: JobQueue raises it for who has aged
+  std::uint64_t sequence = 0;             // order of arrival, unique
   SchedulerClock::time_point arrival;
   std::optional<SchedulerClock::time_point> deadline;
   // Its place within its class: lower goes first. JobQueue::RankOf says what it is made of.
@@ -61,8 +61,10 @@ struct PolicyOrder {
   // their shares. 0: tenants do not matter. At most `stretch`, or equals would take turns.
   double usage_stretch = 10;
   bool classes = true;  // priority comes before everything else
-  // A job that has waited so long counts as one class higher; twice as long, two. 0: never.
+  // Jobs that have waited so long while higher classes had work get ageing_share of the device
+  // seconds, the oldest first. 0 seconds: they wait on.
   double ageing_seconds = 3600;
+  double ageing_share = 0.05;
 };
 
 struct PolicyLimits {
@@ -93,8 +95,7 @@ class Policy {
                      const PolicyLimits& limits);
 
   // True when a goes before b: class, then rank, then arrival.
-  static bool Before(const JobView& a, const JobView& b, SchedulerClock::time_point now,
-                     const PolicyOrder& order);
+  static bool Before(const JobView& a, const JobView& b);
 
   // A job's place by itself, in seconds of the scheduler's clock: when it came, plus what it yields
   // to smaller ones for the device seconds that it takes; its deadline when that is sooner.
@@ -103,16 +104,10 @@ class Policy {
                          std::optional<SchedulerClock::time_point> deadline,
                          const PolicyOrder& order);
 
-  // The job's priority now: it grows with age.
-  static Priority ClassOf(Priority priority, SchedulerClock::time_point arrival,
-                          SchedulerClock::time_point now, const PolicyOrder& order);
-  // When ClassOf next changes; nothing when it never will.
-  static std::optional<SchedulerClock::time_point> NextClassChange(
-      Priority priority, SchedulerClock::time_point arrival, SchedulerClock::time_point now,
-      const PolicyOrder& order);
-
   // Device seconds that a job still needs.
   static double RemainingSeconds(const JobView& job);
+  // The same over what a clip of so many steps needs in all: 1 at first, 0 at the end.
+  static double FractionLeft(const JobView& job, int steps);
 };
 
 }  // namespace slalom

@@ -117,7 +117,7 @@ class Simulation {
     job->device_seconds = Policy::RemainingSeconds(view);
     const auto tenant = static_cast<std::size_t>(trace.tenant);
     queue_.Admit(job, trace_.tenants[tenant], trace_.weights[tenant]);
-    queue_.Push(job, view.arrival);
+    queue_.Push(job);
     WakeIdle();
   }
 
@@ -152,7 +152,7 @@ class Simulation {
       offers[i].ahead_seconds = (*handed_on)[i];
       offers[i].idle = devices_[i].begun.empty() && (*handed_on)[i] == 0;
       for (const SimJob* begun : devices_[i].begun) {
-        if (Policy::Before(begun->view, job.view, At(now_), options_.limits.order)) {
+        if (Policy::Before(begun->view, job.view)) {
           offers[i].ahead_seconds += Policy::RemainingSeconds(begun->view);
         }
       }
@@ -164,8 +164,7 @@ class Simulation {
   }
 
   void AddCandidates(int index, const SimDevice& device) {
-    const auto now = At(now_);
-    queue_.Age(now);
+    queue_.Age(At(now_));
     const auto add = [&](QueuedJob* found) {
       auto* job = static_cast<SimJob*>(found);
       if (std::find(jobs_.begin(), jobs_.end(), job) != jobs_.end()) return;
@@ -178,9 +177,8 @@ class Simulation {
     const std::size_t begun = jobs_.size();
     for (std::size_t i = 0; i < begun && options_.limits.max_batch > 1; ++i) {
       if (views_[i].phase != Phase::kStepping) continue;
-      const Priority current =
-          Policy::ClassOf(views_[i].priority, views_[i].arrival, now, options_.limits.order);
-      if (QueuedJob* mate = queue_.FirstLike(kPool, views_[i].likely_key, current)) add(mate);
+      const JobView& view = views_[i];
+      if (QueuedJob* mate = queue_.FirstLike(kPool, view.likely_key, view.priority)) add(mate);
     }
     QueuedJob* first = nullptr;
     if (equal_) {
@@ -250,7 +248,8 @@ class Simulation {
 
   void FinishPiece(SimDevice& device) {
     Observe(device);
-    for (SimJob* job : device.batch) queue_.Progress(job, Policy::RemainingSeconds(job->view));
+    for (SimJob* job : device.batch)
+      queue_.Progress(job, Policy::FractionLeft(job->view, job->trace->steps));
     SimJob* lead = device.batch.front();
     if (lead->view.decode_left <= 0) {
       std::erase(device.begun, lead);

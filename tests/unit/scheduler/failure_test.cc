@@ -148,11 +148,12 @@ class TwoDevicesTest : public SchedulerFixture {
   // On cuda:0, with cuda:1 busy until the journal is released.
   std::shared_ptr<RecordingSink> RunOnTheFirst(const std::string& prompt) {
     for (int i = 0; i < 100; ++i) {
+      const std::string name = prompt + " " + std::to_string(i);
       journal().Hold();
-      const auto sink = Submit(prompt + " " + std::to_string(i));
-      EXPECT_TRUE(journal().WaitFor("begin " + prompt + " " + std::to_string(i)));
-      if (scheduler_->List().front().device == "cuda:0") return sink;
-      scheduler_->Cancel(prompt + " " + std::to_string(i));
+      const auto sink = Submit(name);
+      EXPECT_TRUE(journal().WaitFor("begin " + name));
+      if (scheduler_->Find(name)->device == "cuda:0") return sink;
+      scheduler_->Cancel(name);
       journal().Release();
       EXPECT_TRUE(sink->WaitDone());
     }

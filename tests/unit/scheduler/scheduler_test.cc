@@ -336,7 +336,10 @@ TEST_F(SchedulerTest, ADeadlineThatCannotBeMetIsRefusedWithTheEstimate) {
   fake_.cost.step_seconds = 10;
   journal().Hold();
   Start();
-  const auto first = Submit("a");
+  const auto first = std::make_shared<RecordingSink>();
+  JobRequest urgent = Request("a", first);
+  urgent.deadline = In(std::chrono::seconds(50));  // earlier than the next one's
+  scheduler_->Submit(urgent);
   ASSERT_TRUE(journal().WaitFor("begin a"));
   const auto sink = std::make_shared<RecordingSink>();
   JobRequest request = Request("b", sink);
