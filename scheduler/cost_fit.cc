@@ -18,8 +18,9 @@ constexpr double kFirstWeight = 0.2;
 constexpr double kSlopeTrust = 2.0;
 // The guess is only there to be corrected: it may be off by orders of magnitude.
 constexpr double kPriorWeight = 0.001;
-// A cell with this many measurements is believed by half.
+// A cell with this many measurements is believed by half; they fade while others come.
 constexpr double kCellTrust = 0.5;
+constexpr double kCellFades = 200;
 // Beyond so many mean deviations a measurement is pulled in.
 constexpr double kFar = 3.0;
 constexpr double kSpreadRate = 0.1;
@@ -33,13 +34,18 @@ double CostFit::Slope() const { return (kSlopeTrust + sum_xy_) / (kSlopeTrust + 
 
 double CostFit::Line(double x) const { return mean_y_ + Slope() * (x - mean_x_); }
 
+double CostFit::Trust(const Cell& cell) const {
+  const double count = cell.count * std::exp((cell.last - seen_) / kCellFades);
+  return count / (count + kCellTrust);
+}
+
 double CostFit::Predict(double work, double prior_seconds) const {
   const double prior = std::log(prior_seconds);
   if (weight_ <= 0) return prior_seconds;
   const double x = std::log(work);
   double y = (weight_ * Line(x) + kPriorWeight * prior) / (weight_ + kPriorWeight);
   if (const auto cell = cells_.find(work); cell != cells_.end()) {
-    y += cell->second.deviation * cell->second.count / (cell->second.count + kCellTrust);
+    y += Trust(cell->second) * (cell->second.mean - y);
   }
   return std::exp(y);
 }
@@ -59,7 +65,6 @@ void CostFit::Add(double work, double prior_seconds, double seconds) {
     spread_ = std::max(kLeastSpread, spread_ + kSpreadRate * (off_at_most - spread_));
   }
 
-  // The cell learns what the line does not explain, so the line goes first.
   const double added = seen_ == 0 ? kFirstWeight : 1.0;
   const double keep = weight_ + added > kLineMemory ? 1.0 - 1.0 / kLineMemory : 1.0;
   weight_ = weight_ * keep + added;
@@ -78,8 +83,9 @@ void CostFit::Add(double work, double prior_seconds, double seconds) {
   }
   Cell& cell = cells_[work];
   cell.count = std::min(kCellMemory, cell.count + added);
-  cell.deviation += added / cell.count * (y - Line(x) - cell.deviation);
+  cell.mean += added / cell.count * (y - cell.mean);
   seen_ = std::min(1e9, seen_ + 1);
+  cell.last = seen_;
 }
 
 double CostFit::count(double work) const {
@@ -91,7 +97,7 @@ void CostFit::Write(std::ostream& out) const {
   out << weight_ << ' ' << mean_x_ << ' ' << mean_y_ << ' ' << sum_xx_ << ' ' << sum_xy_ << ' '
       << spread_ << ' ' << seen_ << ' ' << cells_.size();
   for (const auto& [work, cell] : cells_) {
-    out << ' ' << work << ' ' << cell.count << ' ' << cell.deviation;
+    out << ' ' << work << ' ' << cell.count << ' ' << cell.mean << ' ' << cell.last;
   }
   out << '\n';
 }
@@ -106,7 +112,7 @@ bool CostFit::Read(std::istream& in) {
   for (std::size_t i = 0; i < cells; ++i) {
     double work = 0;
     Cell cell;
-    in >> work >> cell.count >> cell.deviation;
+    in >> work >> cell.count >> cell.mean >> cell.last;
     if (!in || !(work > 0) || !(cell.count >= 0)) return false;
     cells_[work] = cell;
   }

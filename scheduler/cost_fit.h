@@ -6,11 +6,12 @@
 
 namespace slalom {
 
-// log(seconds) = line(log(work)) + what this amount of work differs from the line. The line is a
-// weighted least-squares fit that forgets; its slope is held near 1 (seconds proportional to work)
-// until measurements of different amounts say otherwise. Measurements far off the prediction are
-// pulled in to a few mean deviations (Huber's weights), which themselves grow when everything is
-// off: a lone outlier is ignored, a lasting change is followed within some ten measurements.
+// log(seconds) = line(log(work)), or what was measured for just this amount of work, the more the
+// more often and the later that was. The line is a weighted least-squares fit that forgets; its
+// slope is held near 1 (seconds proportional to work) until measurements of different amounts say
+// otherwise. Measurements far off the prediction are pulled in to a few mean deviations (Huber's
+// weights), which themselves grow when everything is off: a lone outlier is ignored, a lasting
+// change is followed within some ten measurements.
 class CostFit {
  public:
   // Seconds for so much work; `prior_seconds` is the guess when nothing is known. Both positive.
@@ -25,12 +26,14 @@ class CostFit {
 
  private:
   struct Cell {
-    double count = 0;      // of measurements, at most kCellMemory
-    double deviation = 0;  // their mean distance from the line
+    double count = 0;  // of measurements, bounded
+    double mean = 0;   // of log(seconds)
+    double last = 0;   // seen_ when it was measured last
   };
 
   double Slope() const;
   double Line(double x) const;
+  double Trust(const Cell& cell) const;
 
   // Weighted moments of x = log(work), y = log(seconds).
   double weight_ = 0;

@@ -3,11 +3,18 @@
 #include <algorithm>
 
 namespace slalom {
+namespace {
+
+constexpr std::size_t kFirstLook = 256;
+// Beyond so many, what absent ones owe is forgiven.
+constexpr std::size_t kMostKnown = 4096;
+
+}  // namespace
 
 int FairShare::Enter(const std::string& name, double weight) {
   auto found = numbers_.find(name);
   if (found == numbers_.end()) {
-    ForgetLevelOnes();
+    ForgetAbsentOnes();
     int number = static_cast<int>(tenants_.size());
     if (free_.empty()) {
       tenants_.emplace_back();
@@ -51,11 +58,12 @@ void FairShare::Charge(int number, double device_seconds) {
   tenant.used = used;
 }
 
-void FairShare::ForgetLevelOnes() {
+void FairShare::ForgetAbsentOnes() {
   if (numbers_.size() < forget_at_) return;
+  const bool forgive = numbers_.size() >= kMostKnown;
   for (auto each = numbers_.begin(); each != numbers_.end();) {
     const Tenant& tenant = tenants_[Index(each->second)];
-    if (tenant.jobs == 0 && tenant.used <= level_) {
+    if (tenant.jobs == 0 && (forgive || tenant.used <= level_)) {
       free_.push_back(each->second);
       each = numbers_.erase(each);
     } else {
@@ -63,7 +71,7 @@ void FairShare::ForgetLevelOnes() {
     }
   }
   // Doubling keeps the cost per tenant constant however many stay.
-  forget_at_ = std::max<std::size_t>(256, 2 * numbers_.size());
+  forget_at_ = std::max<std::size_t>(kFirstLook, 2 * numbers_.size());
 }
 
 }  // namespace slalom

@@ -17,7 +17,8 @@ namespace slalom {
 // starts at the level or at what it has used, whichever is more: nobody saves up by staying away,
 // and nobody owes for what was used while nobody else waited.
 //
-// A state machine without clock or threads. Tenants that are away and owe nothing are forgotten.
+// A state machine without clock or threads. Tenants that are away and owe nothing are forgotten;
+// where thousands come and go, also those that owe.
 class FairShare {
  public:
   // A job of the tenant's comes; returns the tenant's number, valid until its last job has left.
@@ -45,7 +46,7 @@ class FairShare {
   };
 
   static std::size_t Index(int tenant) { return static_cast<std::size_t>(tenant); }
-  void ForgetLevelOnes();
+  void ForgetAbsentOnes();
 
   std::vector<Tenant> tenants_;  // by number; those that are forgotten have their number in free_
   std::vector<int> free_;
