@@ -85,6 +85,7 @@ def phases_of(args: argparse.Namespace) -> list[Phase]:
     work, model = args.work, args.work / "model"
     vae_weights = model / "vae" / "diffusion_pytorch_model.safetensors"
     start_vae = ("--start", args.start / "vae" / vae_weights.name) if args.start else ()
+    start_vae += ("--decoder-only",) if args.keep_latents else ()
     start_dit = ("--start", args.start) if args.start and (args.start / "transformer").exists() else ()
     found = [
         Phase("reader", script("train_reader.py", *vocabulary, "--out", READER), 90, not READER.exists()),
@@ -173,6 +174,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--vae-rate", type=float, default=2e-3)
     parser.add_argument("--transformer-rate", type=float, default=1.5e-3)
     parser.add_argument("--start", type=Path, help="model folder to go on from: VAE, and transformer if there")
+    parser.add_argument("--keep-latents", action="store_true", help="train the VAE's decoder alone, so that the "
+                        "transformer of --start still fits")
     parser.add_argument("--workers", type=int, default=10)
     parser.add_argument("--tiny", action="store_true")
     return parser.parse_args()

@@ -95,6 +95,7 @@ def optimizers_of(denoiser: Denoiser, args: argparse.Namespace) -> list[torch.op
 def first_weights(denoiser: Denoiser, args: argparse.Namespace, latents: Tensor) -> None:
     if args.start:
         denoiser.load_state_dict(load_denoiser(args.start))
+        return
     for name, value in zip(("mean", "std"), statistics(latents[:2048])):
         getattr(denoiser, name).copy_(value)
 

@@ -135,6 +135,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--deadline-seconds", type=float, help="when this process ends, everything included")
     parser.add_argument("--start", type=Path, help="first weights: a checkpoint's averaged ones, or .safetensors")
     parser.add_argument("--ship", type=Path, help="model folder that gets averaged bf16 weights with each save")
+    parser.add_argument("--decoder-only", action="store_true", help="leave latents as they are: a transformer knows them")
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--crop", type=int, default=96)
     parser.add_argument("--whole-every", type=int, default=4, help="each n-th step sees one whole clip")
@@ -151,8 +152,9 @@ def parse() -> argparse.Namespace:
 
 def optimizers_of(vae: WanVae, rate: float) -> list[torch.optim.Optimizer]:
     """Muon for the convolutions between the first and the last layers, AdamW for everything else."""
-    inner = [p for n, p in vae.named_parameters() if ("resnets" in n or "down_blocks" in n) and p[0].numel() > 1]
-    others = [p for p in vae.parameters() if all(p is not q for q in inner)]
+    trained = {n: p for n, p in vae.named_parameters() if p.requires_grad}
+    inner = [p for n, p in trained.items() if ("resnets" in n or "down_blocks" in n) and p[0].numel() > 1]
+    others = [p for p in trained.values() if all(p is not q for q in inner)]
     return [adamw(others, rate, 0.01, (0.9, 0.99)), Muon(inner, rate, 0.01)]
 
 
@@ -163,6 +165,9 @@ def train(args: argparse.Namespace, source: ClipSource, device: torch.device) ->
     vae = channels_last(WanVae().to(device))
     if args.start:
         vae.load_state_dict(averaged_weights(args.start))
+    if args.decoder_only:
+        for part in (vae.encoder, vae.quant_conv):
+            part.requires_grad_(False)
     average = Average(vae, 0.998)
     optimizers = optimizers_of(vae, args.rate)
     ship = (lambda: save_weights(average.module.state_dict(), args.ship / "vae")) if args.ship else None
