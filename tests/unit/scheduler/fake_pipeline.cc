@@ -69,10 +69,10 @@ void FakeJournal::Release() {
   changed_.notify_all();
 }
 
-bool FakeJournal::WaitFor(const std::string& prefix, std::size_t count) const {
+bool FakeJournal::WaitFor(const std::string& prefix, std::size_t count,
+                          std::chrono::milliseconds patience) const {
   std::unique_lock lock(mutex_);
-  return changed_.wait_for(lock, std::chrono::seconds(10),
-                           [&] { return CountLocked(prefix) >= count; });
+  return changed_.wait_for(lock, patience, [&] { return CountLocked(prefix) >= count; });
 }
 
 int FakeJournal::live_generations() const {

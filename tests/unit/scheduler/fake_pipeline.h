@@ -28,8 +28,9 @@ class FakeJournal {
   // Holds from the moment when so many lines have begun with the prefix.
   void HoldAt(const std::string& prefix, std::size_t count);
   void Release();
-  // Waits until so many lines start with the prefix. False after ten seconds.
-  bool WaitFor(const std::string& prefix, std::size_t count = 1) const;
+  // Waits until so many lines start with the prefix. False when that takes too long.
+  bool WaitFor(const std::string& prefix, std::size_t count = 1,
+               std::chrono::milliseconds patience = std::chrono::seconds(10)) const;
 
   int live_generations() const;
   // Calls that overlapped on one device, or came from a second thread: must stay 0.
@@ -54,6 +55,7 @@ class FakeJournal {
 struct FakeOptions {
   std::string name = "fake";
   Device device;
+  std::string description = "a fake device";
   std::chrono::microseconds begin_time{0};
   std::chrono::microseconds step_time{0};
   std::chrono::microseconds decode_time{0};  // of one DecodeNext
@@ -81,7 +83,7 @@ class FakePipeline : public Pipeline {
 
   const ModelInfo& info() const override { return info_; }
   Device device() const override { return options_.device; }
-  std::string device_description() const override { return "a fake device"; }
+  std::string device_description() const override { return options_.description; }
   MemoryStats Memory() const override { return options_.memory; }
   CacheStats PromptCacheUse() const override { return {}; }
   ClipSpec Resolve(const ClipRequest& request) const override;
