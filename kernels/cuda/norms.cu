@@ -19,29 +19,27 @@ struct LayerNormOp {
   const float* shift;
   Out* out;
 
-  template <int kWidth>
-  __device__ void Load(std::int64_t row, int column, float* values) const {
-    LoadFloats<kWidth>(x + row * columns + column, values);
-  }
+  using Row = NoRow;
+  __device__ Row BeginRow(std::int64_t, int, int) const { return {}; }
   __device__ float Factor(float squares) const {
     return 1.0f / sqrtf(squares / static_cast<float>(columns) + eps);
   }
   template <int kWidth>
-  __device__ void Store(std::int64_t row, int column, const float* values, float mean,
+  __device__ void Store(const Row&, std::int64_t row, int column, const float* values, float mean,
                         float factor) const {
     float y[kWidth], a[kWidth], b[kWidth];
 #pragma unroll
     for (int j = 0; j < kWidth; ++j) y[j] = (values[j] - mean) * factor;
     if (weight != nullptr) {
-      LoadFloats<kWidth>(weight + column, a);
-      LoadFloats<kWidth>(bias + column, b);
+      LoadConstants<kWidth>(weight + column, a);
+      LoadConstants<kWidth>(bias + column, b);
 #pragma unroll
       for (int j = 0; j < kWidth; ++j) y[j] = y[j] * a[j] + b[j];
     }
     if (scale != nullptr) {
       const unsigned sample = static_cast<unsigned>(row) / static_cast<unsigned>(rows_per_sample);
-      LoadFloats<kWidth>(scale + std::int64_t{sample} * columns + column, a);
-      LoadFloats<kWidth>(shift + std::int64_t{sample} * columns + column, b);
+      LoadConstants<kWidth>(scale + std::int64_t{sample} * columns + column, a);
+      LoadConstants<kWidth>(shift + std::int64_t{sample} * columns + column, b);
 #pragma unroll
       for (int j = 0; j < kWidth; ++j) y[j] = y[j] * (1.0f + a[j]) + b[j];
     }
@@ -59,18 +57,16 @@ struct RmsNormOp {
   const float* weight;
   Out* out;
 
-  template <int kWidth>
-  __device__ void Load(std::int64_t row, int column, float* values) const {
-    LoadFloats<kWidth>(x + row * columns + column, values);
-  }
+  using Row = NoRow;
+  __device__ Row BeginRow(std::int64_t, int, int) const { return {}; }
   __device__ float Factor(float squares) const {
     return 1.0f / sqrtf(squares / static_cast<float>(columns) + eps);
   }
   template <int kWidth>
-  __device__ void Store(std::int64_t row, int column, const float* values, float,
+  __device__ void Store(const Row&, std::int64_t row, int column, const float* values, float,
                         float factor) const {
     float y[kWidth], w[kWidth];
-    LoadFloats<kWidth>(weight + column, w);
+    LoadConstants<kWidth>(weight + column, w);
 #pragma unroll
     for (int j = 0; j < kWidth; ++j) y[j] = values[j] * factor * w[j];
     StoreFloats<kWidth>(out + row * columns + column, y);
@@ -92,19 +88,36 @@ struct QkNormRopeOp {
   const float* sin;
   T* out;
 
-  template <int kWidth>
-  __device__ void Load(std::int64_t row, int column, float* values) const {
-    LoadFloats<kWidth>(x + row * columns + column, values);
+  // A step of whole heads brings a thread to the same channels of another head each time, so that
+  // it needs four angles for all of its row.
+  struct Row {
+    float cos[4];
+    float sin[4];
+    bool kept;
+  };
+  __device__ Row BeginRow(std::int64_t row, int lane, int step) const {
+    Row begun;
+    begun.kept = cos != nullptr && step > 0 && step % head_size == 0;
+    if (begun.kept) {
+      const std::int64_t first = FirstAngle(row, lane * 8);
+      LoadConstants<4>(cos + first, begun.cos);
+      LoadConstants<4>(sin + first, begun.sin);
+    }
+    return begun;
+  }
+  __device__ std::int64_t FirstAngle(std::int64_t row, int column) const {
+    const unsigned token = static_cast<unsigned>(row) % static_cast<unsigned>(length);
+    return std::int64_t{token} * (head_size / 2) + column % head_size / 2;
   }
   __device__ float Factor(float squares) const {
     return weight == nullptr ? 1.0f : 1.0f / sqrtf(squares / static_cast<float>(columns) + eps);
   }
   template <int kWidth>
-  __device__ void Store(std::int64_t row, int column, const float* values, float,
+  __device__ void Store(const Row& begun, std::int64_t row, int column, const float* values, float,
                         float factor) const {
     float y[kWidth];
     if (weight != nullptr) {
-      LoadFloats<kWidth>(weight + column, y);
+      LoadConstants<kWidth>(weight + column, y);
 #pragma unroll
       for (int j = 0; j < kWidth; ++j) y[j] *= values[j] * factor;
     } else {
@@ -116,11 +129,15 @@ struct QkNormRopeOp {
       for (int j = 0; j < kWidth; ++j) y[j] = fmaxf(y[j], 0.0f);
     }
     if (cos != nullptr) {
-      const unsigned token = static_cast<unsigned>(row) % static_cast<unsigned>(length);
-      const std::int64_t first = std::int64_t{token} * (head_size / 2) + column % head_size / 2;
       float c[kWidth / 2], s[kWidth / 2];
-      LoadFloats<kWidth / 2>(cos + first, c);
-      LoadFloats<kWidth / 2>(sin + first, s);
+      if (begun.kept) {
+#pragma unroll
+        for (int j = 0; j < kWidth / 2; ++j) c[j] = begun.cos[j], s[j] = begun.sin[j];
+      } else {
+        const std::int64_t first = FirstAngle(row, column);
+        LoadConstants<kWidth / 2>(cos + first, c);
+        LoadConstants<kWidth / 2>(sin + first, s);
+      }
 #pragma unroll
       for (int j = 0; j < kWidth; j += 2) {
         const float even = y[j] * c[j / 2] - y[j + 1] * s[j / 2];
@@ -142,18 +159,16 @@ struct ChannelNormOp {
   const float* gamma;
   T* out;
 
-  template <int kWidth>
-  __device__ void Load(std::int64_t row, int column, float* values) const {
-    LoadFloats<kWidth>(x + row * columns + column, values);
-  }
+  using Row = NoRow;
+  __device__ Row BeginRow(std::int64_t, int, int) const { return {}; }
   __device__ float Factor(float squares) const {
     return sqrtf(static_cast<float>(columns)) / fmaxf(sqrtf(squares), 1e-12f);
   }
   template <int kWidth>
-  __device__ void Store(std::int64_t row, int column, const float* values, float,
+  __device__ void Store(const Row&, std::int64_t row, int column, const float* values, float,
                         float factor) const {
     float y[kWidth], g[kWidth];
-    LoadFloats<kWidth>(gamma + column, g);
+    LoadConstants<kWidth>(gamma + column, g);
 #pragma unroll
     for (int j = 0; j < kWidth; ++j) {
       y[j] = values[j] * factor * g[j];

@@ -86,6 +86,50 @@ __device__ inline void StoreFloats(bf16* to, const float* from) {
   }
 }
 
+// Eight neighbouring elements as they lie in memory; the address is a multiple of 16 bytes. Loading
+// and widening are apart so that a thread can have many loads under way: widened at once, a load's
+// registers are wanted for the next one, and that one waits.
+template <typename T>
+struct Packed8;
+template <>
+struct Packed8<float> {
+  float4 low, high;
+  __device__ void Load(const float* from) {
+    low = reinterpret_cast<const float4*>(from)[0];
+    high = reinterpret_cast<const float4*>(from)[1];
+  }
+  __device__ void Unpack(float* to) const {
+    to[0] = low.x, to[1] = low.y, to[2] = low.z, to[3] = low.w;
+    to[4] = high.x, to[5] = high.y, to[6] = high.z, to[7] = high.w;
+  }
+};
+template <>
+struct Packed8<bf16> {
+  uint4 bits;
+  __device__ void Load(const bf16* from) { bits = *reinterpret_cast<const uint4*>(from); }
+  __device__ void Unpack(float* to) const {
+    const float2 pairs[4] = {UnpackBf16(bits.x), UnpackBf16(bits.y), UnpackBf16(bits.z),
+                             UnpackBf16(bits.w)};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) to[2 * i] = pairs[i].x, to[2 * i + 1] = pairs[i].y;
+  }
+};
+
+// As LoadFloats, from what nothing writes while the kernel runs: such loads may overtake stores.
+template <int kWidth>
+__device__ inline void LoadConstants(const float* from, float* to) {
+  if constexpr (kWidth % 4 == 0) {
+#pragma unroll
+    for (int i = 0; i < kWidth; i += 4) {
+      const float4 a = __ldg(reinterpret_cast<const float4*>(from + i));
+      to[i] = a.x, to[i + 1] = a.y, to[i + 2] = a.z, to[i + 3] = a.w;
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < kWidth; ++i) to[i] = __ldg(from + i);
+  }
+}
+
 __device__ inline float GeluTanh(float x) {
   constexpr float kSqrt2OverPi = 0.7978845608028654f;
   return 0.5f * x * (1.0f + tanhf(kSqrt2OverPi * (x + 0.044715f * x * x * x)));
