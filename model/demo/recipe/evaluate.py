@@ -61,7 +61,7 @@ def main() -> int:
     parser.add_argument("--size", type=int, default=256)
     parser.add_argument("--frames", type=int, default=33)
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--guidance", type=float, default=4.0)
+    parser.add_argument("--guidance", type=float, default=3.0)
     parser.add_argument("--sheet", type=Path)
     parser.add_argument("--prompts", nargs="*", help="draw these instead, on the sheet alone")
     args = parser.parse_args()

@@ -72,7 +72,7 @@ class Networks:
 
 @torch.no_grad()
 def sample(networks: Networks, ids: Tensor, shape: tuple[int, int, int], steps: int = 20,
-           guidance: float = 4.0, seed: int = 0) -> Tensor:
+           guidance: float = 3.0, seed: int = 0) -> Tensor:
     """ids [B, tokens] -> clips [B, 3, F, H, W] in about [-1, 1]; shape is the latent's (f, h, w)."""
     device, batch = ids.device, ids.shape[0]
     noise = torch.randn(batch, 16, *shape, generator=torch.Generator().manual_seed(seed)).to(device)
