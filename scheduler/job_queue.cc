@@ -1,6 +1,7 @@
 #include "scheduler/job_queue.h"
 
 #include <algorithm>
+#include <iterator>
 #include <queue>
 #include <utility>
 
@@ -19,12 +20,18 @@ struct JobLane {
   int tenant = 0;
   std::string likely_key;
   std::set<QueuedJob*, Earlier> jobs;
-  // Of its first job; constant while the lane is linked.
+  // Of its first job; as long as the lane is linked only Move changes it.
   double rank = 0;
   std::uint64_t sequence = 0;
+  // Where it is linked.
+  using Lanes = std::set<JobLane*, LaneBefore>;
+  Lanes* all = nullptr;
+  Lanes* like = nullptr;  // of one likely key
+  Lanes::iterator in_all;
+  Lanes::iterator in_like;
 };
 
-bool JobQueue::ByRank::operator()(const JobLane* a, const JobLane* b) const {
+bool LaneBefore::operator()(const JobLane* a, const JobLane* b) const {
   if (a->rank != b->rank) return a->rank < b->rank;
   return a->sequence < b->sequence;
 }
@@ -148,7 +155,7 @@ QueuedJob* JobQueue::First(std::span<const int> pools, const Accept& accept, int
       if (found == pools_.end()) continue;
       const Lanes& lanes = found->second.classes[c].all;
       if (lanes.empty()) continue;
-      if (first == nullptr || ByRank()(*lanes.begin(), first)) first = *lanes.begin();
+      if (first == nullptr || LaneBefore()(*lanes.begin(), first)) first = *lanes.begin();
       rest.emplace_back(lanes.begin(), lanes.end());
     }
     if (first == nullptr) continue;
@@ -209,37 +216,34 @@ QueuedJob* JobQueue::Front(const JobLane& lane) const {
   return job;
 }
 
-JobQueue::ClassLanes& JobQueue::LanesOf(const JobLane& lane) {
-  return pools_[lane.pool].classes[lane.current_class];
-}
-
 // Sorts the lane in, by its first job.
 void JobQueue::Link(JobLane* lane) {
   const QueuedJob* first = *lane->jobs.begin();
   lane->rank = first->base_rank + Usage(lane->tenant);
   lane->sequence = first->view.sequence;
-  ClassLanes& lanes = LanesOf(*lane);
-  lanes.all.insert(lane);
-  auto found = lanes.by_key.find(lane->likely_key);
-  if (found == lanes.by_key.end()) {
-    found = lanes.by_key.emplace(lane->likely_key, Lanes()).first;
-  }
-  found->second.insert(lane);
+  lane->in_all = lane->all->insert(lane).first;
+  lane->in_like = lane->like->insert(lane).first;
 }
 
 void JobQueue::Unlink(JobLane* lane) {
-  ClassLanes& lanes = LanesOf(*lane);
-  lanes.all.erase(lane);
-  const auto found = lanes.by_key.find(lane->likely_key);
-  found->second.erase(lane);
-  // Its key may be a view into this lane: the next one brings its own.
-  if (found->second.empty() || found->first.data() == lane->likely_key.data()) {
-    auto node = lanes.by_key.extract(found);
-    if (!node.mapped().empty()) {
-      node.key() = (*node.mapped().begin())->likely_key;
-      lanes.by_key.insert(std::move(node));
-    }
+  lane->all->erase(lane->in_all);
+  lane->like->erase(lane->in_like);
+}
+
+// A charge is small, mostly: then the lane stays between its neighbours, and nothing is sorted.
+void JobQueue::Move(JobLane* lane) {
+  const double rank = (*lane->jobs.begin())->base_rank + Usage(lane->tenant);
+  const auto stays = [&](const Lanes& lanes, Lanes::iterator place) {
+    const auto next = std::next(place);
+    return (place == lanes.begin() || (*std::prev(place))->rank < rank) &&
+           (next == lanes.end() || rank < (*next)->rank);
+  };
+  if (stays(*lane->all, lane->in_all) && stays(*lane->like, lane->in_like)) {
+    lane->rank = rank;
+    return;
   }
+  Unlink(lane);
+  Link(lane);
 }
 
 void JobQueue::PushIntoLane(QueuedJob* job) {
@@ -252,6 +256,9 @@ void JobQueue::PushIntoLane(QueuedJob* job) {
     lane->current_class = c;
     lane->tenant = job->tenant;
     lane->likely_key = job->view.likely_key;
+    ClassLanes& lanes = pools_[job->pool].classes[c];
+    lane->all = &lanes.all;
+    lane->like = &lanes.by_key[lane->likely_key];
     tenant_lanes_[static_cast<std::size_t>(job->tenant)].push_back(lane.get());
   } else {
     const JobLane::Earlier earlier;
@@ -277,15 +284,17 @@ void JobQueue::RemoveFromLane(QueuedJob* job) {
     return;
   }
   std::erase(tenant_lanes_[static_cast<std::size_t>(lane->tenant)], lane);
+  if (lane->like->empty()) {
+    pools_[lane->pool].classes[lane->current_class].by_key.erase(lane->likely_key);
+  }
   lanes_.erase(LaneName(lane->pool, lane->current_class, lane->tenant, lane->likely_key));
 }
 
 void JobQueue::Charge(int tenant, double device_seconds) {
   if (device_seconds == 0) return;
   const std::vector<JobLane*>& lanes = tenant_lanes_[static_cast<std::size_t>(tenant)];
-  for (JobLane* lane : lanes) Unlink(lane);
   fair_share_.Charge(tenant, device_seconds);
-  for (JobLane* lane : lanes) Link(lane);
+  for (JobLane* lane : lanes) Move(lane);
 }
 
 }  // namespace slalom

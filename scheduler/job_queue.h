@@ -12,6 +12,7 @@
 #include <span>
 #include <string>
 #include <string_view>
+#include <tuple>
 #include <unordered_map>
 #include <utility>
 #include <vector>
@@ -22,6 +23,9 @@
 namespace slalom {
 
 struct JobLane;
+struct LaneBefore {
+  bool operator()(const JobLane* a, const JobLane* b) const;
+};
 
 // A job as the queue knows it. Its owner keeps it in place from Admit to Retire.
 struct QueuedJob {
@@ -95,13 +99,10 @@ class JobQueue {
   const FairShare& fair_share() const { return fair_share_; }
 
  private:
-  struct ByRank {
-    bool operator()(const JobLane* a, const JobLane* b) const;
-  };
-  using Lanes = std::set<JobLane*, ByRank>;
+  using Lanes = std::set<JobLane*, LaneBefore>;
   struct ClassLanes {
     Lanes all;
-    std::unordered_map<std::string_view, Lanes> by_key;  // keys live in their lanes
+    std::map<std::string, Lanes, std::less<>> by_key;
   };
   struct Pool {
     ClassLanes classes[kNumPriorities];
@@ -110,9 +111,9 @@ class JobQueue {
   };
 
   double Usage(int tenant) const;
-  ClassLanes& LanesOf(const JobLane& lane);
   void Link(JobLane* lane);
   void Unlink(JobLane* lane);
+  void Move(JobLane* lane);  // after its rank may have changed
   static bool HigherClassWaits(const Pool& pool, const QueuedJob& job);
   void PushIntoLane(QueuedJob* job);
   void Remove(QueuedJob* job, bool begins);
