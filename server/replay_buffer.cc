@@ -61,10 +61,12 @@ ReplayBuffer::ReplayBuffer(std::string path) : path_(std::move(path)) {
 ReplayBuffer::~ReplayBuffer() = default;
 
 void ReplayBuffer::Append(std::span<const std::byte> bytes) {
-  if (!file_) {
+  std::shared_ptr<File> file;
+  {
     std::lock_guard lock(mutex_);
     if (removed_) throw Error(ErrorCode::kCancelled, "the video has been removed");
-    file_ = path_.empty() ? File::Temporary() : File::Named(path_, O_RDWR | O_CREAT);
+    if (!file_) file_ = path_.empty() ? File::Temporary() : File::Named(path_, O_RDWR | O_CREAT);
+    file = file_;
   }
   const auto again = std::clamp<std::int64_t>(size() - end_, 0, std::ssize(bytes));
   if (again > 0) {
@@ -73,7 +75,7 @@ void ReplayBuffer::Append(std::span<const std::byte> bytes) {
     end_ += again;
   }
   while (!bytes.empty()) {
-    const ssize_t written = pwrite(file_->fd, bytes.data(), bytes.size(), end_);
+    const ssize_t written = pwrite(file->fd, bytes.data(), bytes.size(), end_);
     if (written < 0 && errno == EINTR) continue;
     if (written <= 0) FailErrno("cannot keep the video", written < 0 ? errno : ENOSPC);
     end_ += written;
@@ -134,6 +136,7 @@ std::string ReplayBuffer::Read(std::int64_t offset, std::size_t limit) const {
 void ReplayBuffer::Remove() {
   std::lock_guard lock(mutex_);
   removed_ = true;
+  if (!path_.empty()) file_.reset();
   if (!path_.empty()) unlink(path_.c_str());
 }
 

@@ -47,7 +47,7 @@ class ReplayBuffer {
 
   const std::string path_;
   mutable std::mutex mutex_;
-  std::shared_ptr<File> file_;  // from the first byte to Close
+  std::shared_ptr<File> file_;  // from the first byte to Close or Remove
   bool removed_ = false;
   std::int64_t end_ = 0;  // the writer's: where the next byte goes
   std::atomic<std::int64_t> size_ = 0;
