@@ -52,7 +52,7 @@ class FailureInBatchTest : public SchedulerFixture {
   // "a", then the given job, then "c", sharing their steps.
   void RunWith(const std::string& prompt) {
     fake_.max_batch = options_.limits.max_batch = 3;
-    fake_.step_time = std::chrono::milliseconds(10);  // so that beginning early is worth it
+    fake_.step_time = std::chrono::milliseconds(40);  // so that beginning early is worth it
     journal().HoldAt("step a", 1);
     Start();
     a_ = Submit("a");
