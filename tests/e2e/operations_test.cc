@@ -161,5 +161,56 @@ TEST(OperationsTest, VideosOutliveTheProcessWithAStateFolder) {
   std::filesystem::remove_all(folder);
 }
 
+TEST(OperationsTest, ARunningJobGoesOnFromItsCheckpointAfterAHurriedDrain) {
+  const std::string folder = testing::TempDir() + "/slalom_e2e_goes_on";
+  std::filesystem::remove_all(folder);
+  ServerConfig config;
+  config.state_dir = folder;
+  config.checkpoint_seconds = 0;
+  FakeOptions fake;
+  fake.step_time = milliseconds(20);
+  v1::GenerateVideoRequest request = SmallClip("the long one");
+  request.set_steps(60);
+  request.set_request_id("once");
+  Outcome broken;
+  std::size_t steps = 0;
+  {
+    RunningServer running(fake, config);
+    auto job = std::async(std::launch::async, [&] { return running.Generate(request); });
+    ASSERT_TRUE(running.journal().WaitFor("save", 5));
+    EXPECT_TRUE(running.server().Drain([] { return true; })) << "nothing is lost";
+    broken = job.get();
+    steps = running.journal().CountStartingWith("step");
+  }
+  EXPECT_EQ(broken.code, StatusCode::UNAVAILABLE);
+  EXPECT_NE(broken.message.find("ResumeVideo"), std::string::npos) << broken.message;
+  FakeOptions fresh;  // its own journal
+  RunningServer again(fresh, config);
+  const Outcome outcome = again.Resume(broken.job_id, 0);
+  ASSERT_EQ(outcome.code, StatusCode::OK) << outcome.message;
+  EXPECT_EQ(outcome.statistics.frames(), 9);
+  EXPECT_EQ(again.journal().CountStartingWith("restore"), 1u);
+  EXPECT_EQ(again.journal().CountStartingWith("begin"), 0u);
+  EXPECT_LE(again.journal().CountStartingWith("step") + steps, 62u);
+  EXPECT_EQ(again.Generate(request).job_id, broken.job_id) << "one job, also across restarts";
+  std::filesystem::remove_all(folder);
+}
+
+TEST(OperationsTest, ATenantsRateIsLimited) {
+  ServerConfig config;
+  config.tenants = {
+      {.name = "one", .token = "token-of-one", .requests_per_minute = 60, .burst = 2}};
+  RunningServer running({}, config);
+  for (int i = 0; i < 2; ++i) {
+    EXPECT_EQ(running.Generate(SmallClip(), "token-of-one").code, StatusCode::OK);
+  }
+  const Outcome refused = running.Generate(SmallClip(), "token-of-one");
+  EXPECT_EQ(refused.code, StatusCode::RESOURCE_EXHAUSTED);
+  EXPECT_NE(refused.message.find("rate"), std::string::npos) << refused.message;
+  EXPECT_GE(refused.retry_seconds.value_or(0), 1);
+  auto samples = ParsePrometheus(running.Get("/metrics"));
+  EXPECT_EQ((samples[R"(slalom_refused_total{reason="rate"})"]), 1);
+}
+
 }  // namespace
 }  // namespace slalom
