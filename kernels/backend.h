@@ -32,7 +32,7 @@ enum class Activation { kNone, kGeluTanh, kSilu };
 struct LinearArgs {
   Tensor x;       // [M, K] T (leading dimensions may be split, as in every row-wise operation)
   Tensor weight;  // [N, K] T
-  Tensor bias;    // [N] f32, optional
+  Tensor bias;    // [N] f32, or T when out is T; optional
   Activation activation = Activation::kNone;
   Tensor residual;  // [M, N] out's type, optional; may share memory with out
   Tensor gate;      // [B, N] f32 with M divisible by B, optional, needs residual

@@ -16,6 +16,19 @@ constexpr std::int64_t kLatentsKept = 4;
 // Made by one step beside those.
 constexpr std::int64_t kLatentsMade = 3;
 
+// What the CUDA back end spends at once on the linear branch's sums, and on scores in memory.
+constexpr std::int64_t kMostSumBytes = std::int64_t{512} << 20;
+constexpr std::int64_t kMostScoreBytes = std::int64_t{256} << 20;
+
+// Scores in memory, where no kernel of the CUDA back end keeps them in registers.
+std::int64_t AttentionScratch(const TransformerConfig& config, std::int64_t tokens,
+                              std::int64_t samples, DType dtype) {
+  const int head = config.attention_head_dim;
+  if (dtype == DType::kBF16 && (head == 64 || head == 128)) return 0;
+  const std::int64_t scores = samples * config.num_attention_heads * tokens * tokens * 4;
+  return std::min(scores, kMostScoreBytes);
+}
+
 double Product(std::int64_t a, std::int64_t b) {
   return static_cast<double>(a) * static_cast<double>(b);
 }
@@ -74,31 +87,40 @@ std::size_t WaitingBytes(const ModelConfig& config, const ClipSpec& spec, DType 
   return static_cast<std::size_t>(latents + text + angles);
 }
 
-std::size_t StepBytes(const ModelConfig& config, const ClipSpec& spec, DType dtype) {
+std::size_t StepBytes(const ModelConfig& config, const ClipSpec& spec, DType dtype,
+                      const Device& device) {
   const ClipShape shape = ShapeOf(config, spec);
   const TransformerConfig& transformer = config.transformer;
-  const std::int64_t tokens = shape.grid.size();
   const std::int64_t dim = transformer.dim();
+  const std::int64_t ffn = transformer.ffn_dim;
   const auto element = static_cast<std::int64_t>(ByteSize(dtype));
   const std::int64_t samples = SamplesPerStep(spec);
+  const std::int64_t rows = samples * shape.grid.size();
 
-  // In T: the layer's input, then q, k, v and the output, or the MLP's hidden rows. SALAD also
-  // keeps q and k as they were before rotation, and its linear branch. In f32: the residual
-  // stream, and keys and values as a back end may pack them for its attention.
-  const std::int64_t attention = spec.attention == AttentionKind::kSalad ? 8 * dim : 4 * dim;
-  const std::int64_t rows =
-      4 * dim + element * dim +
-      std::max(element * attention + 4 * 2 * dim, element * std::int64_t{transformer.ffn_dim});
-  std::int64_t blocks = 0;
+  // The f32 residual stream and a layer's input in T are there always. Beside them in T: q, k, v
+  // and the output, or the MLP's hidden rows. SALAD also keeps q and k as they were before
+  // rotation, and its linear branch.
+  const std::int64_t always = rows * (4 + element) * dim;
+  std::int64_t attention = rows * element * dim * (spec.attention == AttentionKind::kSalad ? 8 : 4);
+  std::int64_t mlp = rows * element * ffn;
+  if (device.is_cpu()) {
+    attention += rows * 4 * 2 * dim;  // keys and values, packed
+  } else {
+    // A gate goes into the weight, or in f32 meets the product in a tensor of its own.
+    mlp += dtype == DType::kF32 ? rows * 4 * dim : element * dim * ffn;
+    attention += AttentionScratch(transformer, shape.grid.size(), samples, dtype);
+  }
   if (spec.attention != AttentionKind::kDense) {
     // Blocks of 64 tokens: the linear branch's sums of each, and of every pair class, score and
     // place in the list.
-    const std::int64_t n = (tokens + 63) / 64;
+    const std::int64_t n = (shape.grid.size() + 63) / 64;
     const std::int64_t head = transformer.attention_head_dim;
-    blocks = transformer.num_attention_heads * n * (n * (1 + 4 + 4) + head * (head + 1) * 4);
+    std::int64_t sums = samples * transformer.num_attention_heads * n * head * (head + 1) * 4;
+    if (!device.is_cpu()) sums = std::min(sums, kMostSumBytes);
+    attention += samples * transformer.num_attention_heads * n * n * (1 + 4 + 4) + sums;
   }
   const std::int64_t latents = (2 * samples + kLatentsMade) * shape.latent().NumElements() * 4;
-  return static_cast<std::size_t>(samples * (tokens * rows + blocks) + latents);
+  return static_cast<std::size_t>(always + std::max(attention, mlp) + latents);
 }
 
 void RateMeter::Add(double flops, double seconds) {

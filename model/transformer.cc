@@ -65,7 +65,7 @@ Transformer::Transformer(Backend& backend, const Weights& weights, const Transfo
   adapters_ = Upload(backend, std::move(adapters), dtype);
   const std::int64_t dim = config.dim();
   const auto linear = [&](const std::string& name, std::int64_t in, std::int64_t out, DType type) {
-    return LoadLinear(backend, weights, name, in, out, type);
+    return LoadLinear(backend, weights, name, in, out, type, type);
   };
   patch_ = {.weight = LoadPatchWeight(backend, weights, dim, config.in_channels, dtype),
             .bias = weights.Load(backend, "patch_embedding.bias", {dim}, DType::kF32)};
@@ -79,7 +79,8 @@ Transformer::Transformer(Backend& backend, const Weights& weights, const Transfo
   }
   head_modulation_ =
       weights.Load(backend, "scale_shift_table", {1, 2, dim}, DType::kF32).Reshape({2, dim});
-  head_ = linear("proj_out", dim, kPatch * config.out_channels, dtype);
+  head_ = LoadLinear(backend, weights, "proj_out", dim, kPatch * config.out_channels, dtype,
+                     DType::kF32);
 }
 
 TextContext Transformer::PrepareText(Backend& backend, const Tensor& embeddings) const {
@@ -127,12 +128,13 @@ TokenGrid Transformer::GridOf(const Tensor& latent) const {
 }
 
 Transformer::TimeEmbedding Transformer::EmbedTime(Backend& backend, const Tensor& timesteps) const {
-  const std::int64_t batch = timesteps.dim(0);
+  const std::int64_t groups = timesteps.dim(0);
   const std::int64_t dim = config_.dim();
-  Tensor waves = backend.Allocate({batch, config_.freq_dim}, DType::kF32);
-  Tensor hidden = backend.Allocate({batch, dim}, DType::kF32);
-  TimeEmbedding time = {.raw = backend.Allocate({batch, dim}, DType::kF32),
-                        .modulation = backend.Allocate({batch, kModulationRows, dim}, DType::kF32)};
+  Tensor waves = backend.Allocate({groups, config_.freq_dim}, DType::kF32);
+  Tensor hidden = backend.Allocate({groups, dim}, DType::kF32);
+  TimeEmbedding time = {
+      .raw = backend.Allocate({groups, dim}, DType::kF32),
+      .modulation = backend.Allocate({groups, kModulationRows, dim}, DType::kF32)};
   backend.TimestepEmbedding(timesteps, waves);
   backend.Linear({.x = waves,
                   .weight = time_in_.weight,
@@ -146,7 +148,7 @@ Transformer::TimeEmbedding Transformer::EmbedTime(Backend& backend, const Tensor
   backend.Linear({.x = hidden,
                   .weight = time_proj_.weight,
                   .bias = time_proj_.bias,
-                  .out = time.modulation.Reshape({batch, kModulationRows * dim})});
+                  .out = time.modulation.Reshape({groups, kModulationRows * dim})});
   return time;
 }
 
@@ -155,9 +157,11 @@ void Transformer::Forward(Backend& backend, const Args& args) const {
   const std::int64_t batch = args.latent.dim(0);
   const std::int64_t length = grid.size();
   const std::int64_t dim = config_.dim();
-  if (static_cast<std::int64_t>(args.text.size()) != batch || args.rope->cos.dim(0) != length) {
+  const std::int64_t groups = args.timesteps.dim(0);
+  if (static_cast<std::int64_t>(args.text.size()) != batch || groups < 1 || batch % groups != 0 ||
+      args.rope->cos.dim(0) != length) {
     throw Error(ErrorCode::kInternal, "a transformer batch of " + std::to_string(batch) +
-                                          " samples with other texts or another token grid");
+                                          " samples with other texts, timesteps or token grid");
   }
 
   Tensor x = backend.Allocate({batch, length, dim}, DType::kF32);
@@ -183,14 +187,15 @@ void Transformer::Forward(Backend& backend, const Args& args) const {
     if (args.observer) args.observer(static_cast<int>(i), x);
   }
 
-  Tensor modulation = backend.Allocate({2, batch, dim}, DType::kF32);
+  Tensor modulation = backend.Allocate({2, groups, dim}, DType::kF32);
   backend.Modulation({.table = head_modulation_, .t = time.raw, .out = modulation});
   Tensor normed = backend.Allocate(x.shape(), dtype_);
-  backend.LayerNorm({.x = x,
-                     .scale = modulation.Slice(1, 2).Reshape({batch, dim}),
-                     .shift = modulation.Slice(0, 1).Reshape({batch, dim}),
+  const Shape by_timestep = {groups, batch * length / groups, dim};
+  backend.LayerNorm({.x = x.Reshape(by_timestep),
+                     .scale = modulation.Slice(1, 2).Reshape({groups, dim}),
+                     .shift = modulation.Slice(0, 1).Reshape({groups, dim}),
                      .eps = config_.eps,
-                     .out = normed});
+                     .out = normed.Reshape(by_timestep)});
   x = Tensor();
   Tensor patches = backend.Allocate({batch, length, config_.out_channels * kPatch}, DType::kF32);
   backend.Linear({.x = normed, .weight = head_.weight, .bias = head_.bias, .out = patches});

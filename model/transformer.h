@@ -44,8 +44,10 @@ class Transformer {
   AttentionSetting Setting(AttentionKind kind, double topk = 0) const;
 
   struct Args {
-    Tensor latent;                             // [B, in_channels, F, 2h, 2w] f32
-    Tensor timesteps;                          // [B] f32
+    Tensor latent;  // [B, in_channels, F, 2h, 2w] f32
+    // Sample i's is timesteps[i / (B / G)]: G divides B, and neighbours that share one also share
+    // what is derived from it.
+    Tensor timesteps;                          // [G] f32
     std::span<const TextContext* const> text;  // [B]
     const RopeTables* rope = nullptr;          // of the grid F, h, w
     const AttentionSetting* attention = nullptr;
@@ -68,8 +70,8 @@ class Transformer {
 
  private:
   struct TimeEmbedding {
-    Tensor raw;         // [B, d] f32, for the head
-    Tensor modulation;  // [B, 6, d] f32, for the blocks
+    Tensor raw;         // [G, d] f32, for the head
+    Tensor modulation;  // [G, 6, d] f32, for the blocks
   };
   TimeEmbedding EmbedTime(Backend& backend, const Tensor& timesteps) const;
 

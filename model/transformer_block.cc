@@ -35,9 +35,9 @@ struct TransformerBlock::Heads {
 };
 
 LinearWeights LoadLinear(Backend& backend, const Weights& weights, const std::string& name,
-                         std::int64_t in, std::int64_t out, DType dtype) {
+                         std::int64_t in, std::int64_t out, DType dtype, DType bias_dtype) {
   return {.weight = weights.Load(backend, name + ".weight", {out, in}, dtype),
-          .bias = weights.Load(backend, name + ".bias", {out}, DType::kF32)};
+          .bias = weights.Load(backend, name + ".bias", {out}, bias_dtype)};
 }
 
 TransformerBlock::TransformerBlock(Backend& backend, const Weights& weights,
@@ -52,7 +52,10 @@ TransformerBlock::TransformerBlock(Backend& backend, const Weights& weights,
       dtype_(dtype) {
   const std::string block = "blocks." + std::to_string(index) + ".";
   const auto linear = [&](const std::string& name, std::int64_t in, std::int64_t out) {
-    return LoadLinear(backend, weights, block + name, in, out, dtype);
+    return LoadLinear(backend, weights, block + name, in, out, dtype, dtype);
+  };
+  const auto linear_to_stream = [&](const std::string& name, std::int64_t in, std::int64_t out) {
+    return LoadLinear(backend, weights, block + name, in, out, dtype, DType::kF32);
   };
   const auto vector = [&](const std::string& name) {
     return weights.Load(backend, block + name, {dim_}, DType::kF32);
@@ -65,19 +68,19 @@ TransformerBlock::TransformerBlock(Backend& backend, const Weights& weights,
                        .q = linear("attn1.to_q", dim_, dim_),
                        .k = linear("attn1.to_k", dim_, dim_),
                        .v = linear("attn1.to_v", dim_, dim_),
-                       .o = linear("attn1.to_out.0", dim_, dim_)});
+                       .o = linear_to_stream("attn1.to_out.0", dim_, dim_)});
   self_norm_q_ = vector("attn1.norm_q.weight");
   self_norm_k_ = vector("attn1.norm_k.weight");
   cross_q_ = linear("attn2.to_q", dim_, dim_);
   cross_k_ = linear("attn2.to_k", dim_, dim_);
   cross_v_ = linear("attn2.to_v", dim_, dim_);
-  cross_o_ = linear("attn2.to_out.0", dim_, dim_);
+  cross_o_ = linear_to_stream("attn2.to_out.0", dim_, dim_);
   cross_norm_q_ = vector("attn2.norm_q.weight");
   cross_norm_k_ = vector("attn2.norm_k.weight");
   cross_ln_weight_ = vector("norm2.weight");
   cross_ln_bias_ = vector("norm2.bias");
   ffn_in_ = linear("ffn.net.0.proj", dim_, ffn_dim_);
-  ffn_out_ = linear("ffn.net.2", ffn_dim_, dim_);
+  ffn_out_ = linear_to_stream("ffn.net.2", ffn_dim_, dim_);
   for (const AttentionAdapter& adapter : adapters) {
     variants_.push_back(LoadVariant(backend, weights, adapter, index));
   }
@@ -127,17 +130,22 @@ TextKeysValues TransformerBlock::PrepareText(Backend& backend, const Tensor& tex
 
 void TransformerBlock::Forward(Backend& backend, const BlockContext& context,
                                const Tensor& x) const {
-  const std::int64_t batch = x.dim(0);
-  Tensor rows = backend.Allocate({kModulationRows, batch, dim_}, DType::kF32);
+  const std::int64_t groups = context.modulation.dim(0);
+  Tensor rows = backend.Allocate({kModulationRows, groups, dim_}, DType::kF32);
   backend.Modulation({.table = modulation_, .t = context.modulation, .out = rows});
-  const auto row = [&](Row r) { return rows.Slice(r, r + 1).Reshape({batch, dim_}); };
+  const auto row = [&](Row r) { return rows.Slice(r, r + 1).Reshape({groups, dim_}); };
+  // What is done row by row sees the samples of one timestep as one.
+  const Shape by_timestep = {groups, x.dim(0) * x.dim(1) / groups, dim_};
+  const auto modulate = [&](Row scale, Row shift, const Tensor& out) {
+    backend.LayerNorm({.x = x.Reshape(by_timestep),
+                       .scale = row(scale),
+                       .shift = row(shift),
+                       .eps = eps_,
+                       .out = out.Reshape(by_timestep)});
+  };
 
   Tensor u = backend.Allocate(x.shape(), dtype_);
-  backend.LayerNorm({.x = x,
-                     .scale = row(kScaleAttention),
-                     .shift = row(kShiftAttention),
-                     .eps = eps_,
-                     .out = u});
+  modulate(kScaleAttention, kShiftAttention, u);
   const SelfAttention& layer = Variant(context.attention->kind);
   Tensor attended = Attend(backend, context, layer, u);
   backend.Linear({.x = attended,
@@ -154,9 +162,8 @@ void TransformerBlock::Forward(Backend& backend, const BlockContext& context,
       {.x = attended, .weight = cross_o_.weight, .bias = cross_o_.bias, .residual = x, .out = x});
   attended = Tensor();  // its memory goes to the MLP
 
-  backend.LayerNorm(
-      {.x = x, .scale = row(kScaleMlp), .shift = row(kShiftMlp), .eps = eps_, .out = u});
-  Tensor hidden = backend.Allocate({batch, x.dim(1), ffn_dim_}, dtype_);
+  modulate(kScaleMlp, kShiftMlp, u);
+  Tensor hidden = backend.Allocate({x.dim(0), x.dim(1), ffn_dim_}, dtype_);
   backend.Linear({.x = u,
                   .weight = ffn_in_.weight,
                   .bias = ffn_in_.bias,

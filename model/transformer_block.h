@@ -28,7 +28,7 @@ struct AttentionSetting {
 
 struct LinearWeights {
   Tensor weight;  // [N, K] T (f32 where a comment says so)
-  Tensor bias;    // [N] f32
+  Tensor bias;    // [N] f32, or T where the result is T
 };
 
 // One block's keys and values of one prompt: they stay the same for all steps.
@@ -39,7 +39,8 @@ struct TextKeysValues {
 
 // What a forward pass hands to its blocks.
 struct BlockContext {
-  Tensor modulation;  // [B, 6, d] f32: the timestep's part
+  // The timesteps' part. Neighbouring samples may share one: G divides B.
+  Tensor modulation;  // [G, 6, d] f32
   const RopeTables* rope = nullptr;
   std::vector<const TextKeysValues*> text;  // one per sample, this block's
   const AttentionSetting* attention = nullptr;
@@ -109,8 +110,9 @@ class TransformerBlock {
   LinearWeights ffn_out_;   // [d, ffn]
 };
 
-// "<name>.weight" [out, in] in `dtype` and "<name>.bias" [out] f32.
+// "<name>.weight" [out, in] in `dtype` and "<name>.bias" [out] in `bias_dtype`: that of the result,
+// so that nothing is converted at every call.
 LinearWeights LoadLinear(Backend& backend, const Weights& weights, const std::string& name,
-                         std::int64_t in, std::int64_t out, DType dtype);
+                         std::int64_t in, std::int64_t out, DType dtype, DType bias_dtype);
 
 }  // namespace slalom

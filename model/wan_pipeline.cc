@@ -101,6 +101,21 @@ ModelInfo Describe(const WanModel& model) {
   return info;
 }
 
+// The timesteps of a batch's samples with neighbours that agree taken together: as few as divide
+// the batch into equal runs.
+std::vector<float> SharedTimesteps(const std::vector<float>& timesteps) {
+  for (std::size_t groups = 1; groups < timesteps.size(); ++groups) {
+    if (timesteps.size() % groups != 0) continue;
+    const std::size_t run = timesteps.size() / groups;
+    std::vector<float> shared;
+    for (std::size_t i = 0; i < timesteps.size(); i += run) shared.push_back(timesteps[i]);
+    bool agree = true;
+    for (std::size_t i = 0; i < timesteps.size(); ++i) agree &= timesteps[i] == shared[i / run];
+    if (agree) return shared;
+  }
+  return timesteps;
+}
+
 std::string BatchKey(const ClipShape& shape, const ClipSpec& spec) {
   return ToString(shape.latent()) + "/" + std::to_string(static_cast<int>(spec.attention)) + "/" +
          std::to_string(spec.topk);
@@ -169,7 +184,7 @@ ClipCost WanPipeline::Estimate(const ClipSpec& spec) const {
   cost.step_seconds = StepRate(spec.attention).SecondsFor(cost.step_work);
   cost.decode_seconds = decode_rate_.SecondsFor(cost.decode_work);
   cost.waiting_bytes = WaitingBytes(model_.config, spec, model_.dtype);
-  cost.step_bytes = StepBytes(model_.config, spec, model_.dtype);
+  cost.step_bytes = StepBytes(model_.config, spec, model_.dtype, device());
   cost.decode_bytes =
       decoder.StateBytes(shape.height, shape.width) + decoder.WorkBytes(shape.height, shape.width);
   return cost;
@@ -184,7 +199,7 @@ int WanPipeline::MaxBatch(const ClipSpec& spec) const {
   if (max_batch_ == 0) most = std::min(most, kBatchTokens / std::max<std::int64_t>(tokens, 1));
   if (device_bytes_ > weight_bytes_) {
     const std::size_t each = WaitingBytes(model_.config, spec, model_.dtype) +
-                             StepBytes(model_.config, spec, model_.dtype);
+                             StepBytes(model_.config, spec, model_.dtype, device());
     most = std::min(most, static_cast<std::int64_t>((device_bytes_ - weight_bytes_) / each));
   }
   return static_cast<int>(std::clamp<std::int64_t>(most, 1, wanted));
@@ -332,8 +347,11 @@ Tensor WanPipeline::RunTransformer(const WanGeneration& lead, const std::vector<
     texts.push_back(sample.text);
     timesteps.push_back(sample.timestep);
   }
-  Tensor times = backend.Allocate({n}, DType::kF32);
-  backend.Copy(Tensor::FromFloats({n}, timesteps), times);
+  timesteps = SharedTimesteps(timesteps);
+  const Tensor host_times =
+      Tensor::FromFloats({static_cast<std::int64_t>(timesteps.size())}, timesteps);
+  Tensor times = backend.Allocate(host_times.shape(), DType::kF32);
+  backend.Copy(host_times, times);
   Transformer::Args args = {.latent = latents,
                             .timesteps = times,
                             .text = texts,
@@ -345,27 +363,31 @@ Tensor WanPipeline::RunTransformer(const WanGeneration& lead, const std::vector<
   if (measurements != nullptr && sparse) {
     args.pair_counters = backend.Allocate({info_.layers, 2}, DType::kI64);
     backend.Zero(args.pair_counters);
+    measurements->pair_counters = args.pair_counters;
     if (measurements->mass_sample >= 0) {
       args.mass_sample = measurements->mass_sample;
       args.mass_kept = backend.Allocate({info_.layers}, DType::kF32);
+      measurements->mass_kept = args.mass_kept;
     }
   }
   model_.transformer->Forward(backend, args);
+  return args.velocity;
+}
 
-  if (args.pair_counters.defined()) {
-    Tensor host = Tensor::Host(args.pair_counters.shape(), DType::kI64);
-    backend.Copy(args.pair_counters, host);
+void WanPipeline::Read(Measurements& measurements) const {
+  if (measurements.pair_counters.defined()) {
+    Tensor host = Tensor::Host(measurements.pair_counters.shape(), DType::kI64);
+    model_.backend->Copy(measurements.pair_counters, host);
     const auto* counts = host.data<std::int64_t>();
     for (int layer = 0; layer < info_.layers; ++layer) {
-      measurements->layer_pairs.push_back({counts[2 * layer], counts[2 * layer + 1]});
+      measurements.layer_pairs.push_back({counts[2 * layer], counts[2 * layer + 1]});
     }
   }
-  if (args.mass_kept.defined()) {
-    Tensor host = Tensor::Host(args.mass_kept.shape(), DType::kF32);
-    backend.Copy(args.mass_kept, host);
-    measurements->layer_mass.assign(host.data<float>(), host.data<float>() + info_.layers);
+  if (measurements.mass_kept.defined()) {
+    Tensor host = Tensor::Host(measurements.mass_kept.shape(), DType::kF32);
+    model_.backend->Copy(measurements.mass_kept, host);
+    measurements.layer_mass.assign(host.data<float>(), host.data<float>() + info_.layers);
   }
-  return args.velocity;
 }
 
 std::vector<Pipeline::StepFailure> WanPipeline::DenoiseStep(
@@ -393,13 +415,18 @@ std::vector<Pipeline::StepFailure> WanPipeline::DenoiseStep(
 
   const auto start = SteadyClock::now();
   const Tensor velocities = RunTransformer(*clips.front(), samples, &measurements, nullptr);
+  // All of the step is queued before anything waits for the device: fresh noise is drawn beside it.
+  std::vector<Tensor> before;
+  for (std::size_t i = 0; i < clips.size(); ++i) {
+    before.push_back(clips[i]->latent);
+    StepClip(velocities, first_sample[i], *clips[i]);
+  }
+  Read(measurements);
   std::vector<StepFailure> failures;
   for (std::size_t i = 0; i < clips.size(); ++i) {
     WanGeneration& clip = *clips[i];
-    const Tensor before = clip.latent;
-    StepClip(velocities, first_sample[i], clip);
     if (model_.backend->CountNonFinite(clip.latent) > 0) {
-      failures.push_back({&clip, FindNonFinite(clip, before)});
+      failures.push_back({&clip, FindNonFinite(clip, before[i])});
     }
     if (clip.denoised()) clip.ReleaseDenoising();
   }

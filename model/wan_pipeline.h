@@ -67,8 +67,11 @@ class WanPipeline : public Pipeline {
     float timestep = 0;
     const TextContext* text = nullptr;
   };
-  // What sparse attention lets us count in one pass; empty when dense.
+  // What sparse attention lets us count in one pass; empty when dense. The device's counters are
+  // read when all of a step is queued: reading waits.
   struct Measurements {
+    Tensor pair_counters;                           // [layers, 2] i64
+    Tensor mass_kept;                               // [layers] f32
     std::vector<WanGeneration::Pairs> layer_pairs;  // of all samples together
     std::vector<double> layer_mass;                 // of sample `mass_sample`; empty when not asked
     int mass_sample = -1;
@@ -91,6 +94,7 @@ class WanPipeline : public Pipeline {
   // The velocities [samples, C, F, h, w] f32. `lead` gives what all samples share.
   Tensor RunTransformer(const WanGeneration& lead, const std::vector<Sample>& samples,
                         Measurements* measurements, const Observer& observer) const;
+  void Read(Measurements& measurements) const;
   void StepClip(const Tensor& velocities, int first_sample, WanGeneration& clip) const;
   void AddStatistics(const Measurements& measurements, int first_sample, double seconds,
                      double share, WanGeneration& clip) const;

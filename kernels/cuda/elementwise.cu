@@ -92,33 +92,6 @@ struct EpilogueFunction {
   }
 };
 
-struct GateRowsFunction {
-  std::int64_t columns;  // K
-  const bf16* weight;    // [N, K]
-  const float* gate;     // [N]
-  bf16* out;
-  template <int kWidth>
-  __device__ void Apply(std::int64_t first) const {
-    const float factor = gate[first / columns];
-    float v[kWidth];
-    LoadFloats<kWidth>(weight + first, v);
-#pragma unroll
-    for (int j = 0; j < kWidth; ++j) v[j] *= factor;
-    StoreFloats<kWidth>(out + first, v);
-  }
-};
-
-struct MultiplyFunction {
-  const float* x;
-  const float* y;
-  float* out;
-  template <int kWidth>
-  __device__ void Apply(std::int64_t first) const {
-#pragma unroll
-    for (int j = 0; j < kWidth; ++j) out[first + j] = x[first + j] * y[first + j];
-  }
-};
-
 struct ModulationFunction {
   std::int64_t rows;     // n
   std::int64_t batch;    // B
@@ -395,17 +368,6 @@ void Convert(const Context& context, const Tensor& from, const Tensor& to) {
   Require(IsComputeType(to.dtype()), "Copy: floats are converted into f32 or bf16 only");
   to.dtype() == DType::kBF16 ? ConvertTo<bf16>(context, from, to)
                              : ConvertTo<float>(context, from, to);
-}
-
-void GateRows(const Context& context, const Tensor& weight, const float* gate, const Tensor& out) {
-  const GateRowsFunction function{weight.dim(1), weight.data<bf16>(), gate, out.data<bf16>()};
-  RunElementwise(context, function, weight.NumElements(),
-                 weight.dim(1) % 8 == 0 && AllAligned16(function.weight, function.out), "GateRows");
-}
-
-void Multiply(const Context& context, const Tensor& x, const float* y, const Tensor& out) {
-  const MultiplyFunction function{x.data<float>(), y, out.data<float>()};
-  RunElementwise(context, function, x.NumElements(), false, "Multiply");
 }
 
 void LinearEpilogue(const Context& context, const EpilogueArgs& args) {

@@ -42,6 +42,11 @@ struct GemmArgs {
 // A row of out has the same bits whatever m is: the library's kernel, which decides in what order
 // the sum over k runs, is chosen for (n, k), types and strides alone, as if m were large, and never
 // splits k. Alignment is taken from the strides, so that slices of a tensor count as the whole.
+//
+// The library orders its kernels by a guess. The first product of a plan that is large enough to
+// tell them apart, and can be repeated because it reads nothing that it writes, times them: from
+// then on the plan has the fastest of those that gave the same bits as the library's first. That
+// one call waits for the device.
 class Gemm {
  public:
   // `workspace` stays alive as long as this; its size bounds what the library may choose.
@@ -61,9 +66,13 @@ class Gemm {
   using Key = std::array<std::int64_t, 17>;
 
   std::unique_ptr<Plan> MakePlan(const GemmArgs& args) const;
+  // Queues the product by the plan's candidate; the library's verdict.
+  cublasStatus_t Queue(const GemmArgs& args, Plan& plan, std::size_t candidate) const;
+  void ChooseByTime(const GemmArgs& args, Plan& plan) const;
 
   cudaStream_t stream_;
   Tensor workspace_;
+  std::size_t library_bytes_;  // of the workspace; the rest is for comparing results
   cublasLtHandle_t handle_ = nullptr;
   std::map<Key, std::unique_ptr<Plan>> plans_;
 };

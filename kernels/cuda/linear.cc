@@ -1,5 +1,7 @@
 // Linear layers: what the library can fuse it fuses (bias, GELU, a plain residual). A gate goes
 // into the weight where that fits; else a gate, or SiLU, takes one pass of ours over the product.
+#include <cstdint>
+
 #include "kernels/core/error.h"
 #include "kernels/cuda/check.h"
 #include "kernels/cuda/gemm.h"
@@ -25,7 +27,10 @@ LinearShape CheckLinear(const LinearArgs& args) {
               args.out.dim(-1) == n &&
               (args.out.dtype() == args.x.dtype() || args.out.dtype() == DType::kF32),
           "Linear: out is not [M, N] of x's type or f32");
-  if (args.bias.defined()) RequireTensor(args.bias, {n}, DType::kF32, "Linear: bias");
+  if (args.bias.defined()) {
+    const bool narrow = args.bias.dtype() == args.x.dtype() && args.out.dtype() == args.x.dtype();
+    RequireTensor(args.bias, {n}, narrow ? args.x.dtype() : DType::kF32, "Linear: bias");
+  }
   Require(!args.residual.defined() ||
               (args.residual.dtype() == args.out.dtype() && args.residual.NumElements() == m * n),
           "Linear: residual is not [M, N] of out's type");
@@ -80,7 +85,7 @@ bool RunProduct(const Context& context, const LinearArgs& args, const LinearShap
   Tensor bias;
   if (fusion.bias) {
     bias = args.bias;
-    if (out.dtype() != DType::kF32) {  // the library wants the bias in out's type
+    if (bias.dtype() != out.dtype()) {  // the library wants the bias in out's type
       bias = context.Allocate({shape.n}, out.dtype());
       Convert(context, args.bias, bias);
     }
@@ -98,7 +103,8 @@ bool RunProduct(const Context& context, const LinearArgs& args, const LinearShap
 bool RunGated(const Context& context, const LinearArgs& args, const LinearShape& shape) {
   const bool fits = args.gate.defined() && args.activation == Activation::kNone &&
                     args.x.dtype() == DType::kBF16 && args.out.dtype() == DType::kF32 &&
-                    shape.k % 8 == 0 && shape.n % 4 == 0;  // samples are all aligned alike
+                    shape.k % 8 == 0 && shape.n % 4 == 0 &&  // samples are all aligned alike
+                    reinterpret_cast<std::uintptr_t>(args.weight.raw()) % 16 == 0;
   if (!fits) return false;
   const std::int64_t samples = args.gate.dim(0), rows = shape.m / samples;
   const Tensor weight = context.Allocate(args.weight.shape(), DType::kBF16);
@@ -119,8 +125,7 @@ bool RunGated(const Context& context, const LinearArgs& args, const LinearShape&
   }
   for (std::int64_t sample = 0; sample < samples; ++sample) {
     const float* gate = args.gate.data<float>() + sample * shape.n;
-    GateRows(context, args.weight, gate, weight);
-    if (bias.defined()) Multiply(context, args.bias, gate, bias);
+    GateWeight(context, args.weight, args.bias, gate, weight, bias);
     gemm.a = args.x.data<std::uint16_t>() + sample * rows * shape.k;
     gemm.residual = args.residual.data<float>() + sample * rows * shape.n;
     gemm.out = args.out.data<float>() + sample * rows * shape.n;
@@ -132,16 +137,22 @@ bool RunGated(const Context& context, const LinearArgs& args, const LinearShape&
 
 }  // namespace
 
-void Linear(const Context& context, const LinearArgs& args) {
-  const LinearShape shape = CheckLinear(args);
+void Linear(const Context& context, const LinearArgs& given) {
+  const LinearShape shape = CheckLinear(given);
   if (shape.m == 0 || shape.n == 0) return;
-  if (RunGated(context, args, shape)) return;
+  if (RunGated(context, given, shape)) return;
+  LinearArgs args = given;
   const Fusion fusion = ChooseFusion(args);
   const bool whole = args.bias.defined() == fusion.bias &&
                      args.residual.defined() == fusion.residual &&
                      (args.activation != Activation::kNone) == fusion.gelu;
   if (whole && RunProduct(context, args, shape, fusion, args.out)) return;
 
+  // Passes of ours add the bias in f32.
+  if (args.bias.defined() && args.bias.dtype() != DType::kF32) {
+    args.bias = context.Allocate({shape.n}, DType::kF32);
+    Convert(context, given.bias, args.bias);
+  }
   // The product must not overwrite the residual that our own pass still reads.
   const bool aliased = args.residual.defined() && args.residual.raw() == args.out.raw();
   const Tensor product = aliased ? context.Allocate(args.out.shape(), args.out.dtype()) : args.out;

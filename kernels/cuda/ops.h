@@ -20,6 +20,11 @@ void Linear(const Context& context, const LinearArgs& args);
 // The same, for checked arguments of any size; slow for many rows.
 void SimpleLinear(const Context& context, const LinearArgs& args);
 
+// gated_weight.cu
+// Rows n of weight [N, K] bf16 (K a multiple of 8) and of bias [N] f32 (optional), times gate[n].
+void GateWeight(const Context& context, const Tensor& weight, const Tensor& bias, const float* gate,
+                const Tensor& out_weight, const Tensor& out_bias);
+
 // elementwise.cu
 void Modulation(const Context& context, const ModulationArgs& args);
 void Activate(const Context& context, Activation activation, const Tensor& x, const Tensor& out);
@@ -31,10 +36,6 @@ void Combine(const Context& context, const CombineArgs& args);
 void CountNonFinite(const Context& context, const Tensor& x, const Tensor& counter);
 // Between f32, bf16, f16, f64 (from) and f32, bf16 (to), both on the device, as many elements.
 void Convert(const Context& context, const Tensor& from, const Tensor& to);
-// out [N, K] = weight [N, K] (both bf16), row n times gate[n].
-void GateRows(const Context& context, const Tensor& weight, const float* gate, const Tensor& out);
-// out = x * y, f32, as many elements as x has.
-void Multiply(const Context& context, const Tensor& x, const float* y, const Tensor& out);
 // y [M, N] of out's type: out = residual + gate * act(y + bias); bias, residual, gate optional.
 struct EpilogueArgs {
   Tensor y;

@@ -138,7 +138,7 @@ json BenchForward(const NetworkBenchOptions& options) {
                                    .attention = &dense,
                                    .velocity = velocity});
   });
-  bench.Predict(StepBytes(bench.config(), bench.spec(), bench.dtype()));
+  bench.Predict(StepBytes(bench.config(), bench.spec(), bench.dtype(), backend.device()));
   bench.RequireFinite(velocity, "the velocity");
   json report = bench.Report();
   report["tokens"] = shape.grid.size();

@@ -25,6 +25,7 @@ class RowsTest : public OpTest {
     std::int64_t batch, rows, n, k;
     Activation activation = Activation::kNone;
     bool bias = true, residual = false, gate = false, in_place = false, f32_out = false;
+    bool narrow_bias = false;  // in x's type
   };
 
   void RunLinear(const LinearSetup& s) {
@@ -33,7 +34,8 @@ class RowsTest : public OpTest {
     const Array none;
     const Array x = Random(Shape{s.batch, s.rows, s.k}, type());
     const Array weight = Random(Shape{s.n, s.k}, type(), 1.0 / std::sqrt(static_cast<double>(s.k)));
-    const Array bias = s.bias ? Random(Shape{s.n}, kF32) : none;
+    const DType bias_type = s.narrow_bias ? type() : kF32;
+    const Array bias = s.bias ? Random(Shape{s.n}, bias_type) : none;
     const Array residual = s.residual ? Random(Shape{m, s.n}, out_type) : none;
     const Array gate = s.gate ? Random(Shape{s.batch, s.n}, kF32) : none;
     Tensor out = Poisoned(Shape{m, s.n}, out_type);
@@ -41,7 +43,7 @@ class RowsTest : public OpTest {
     if (s.in_place) out = device_residual;
     backend().Linear({.x = Upload(x, type()),
                       .weight = Upload(weight, type()),
-                      .bias = UploadIf(bias, kF32),
+                      .bias = UploadIf(bias, bias_type),
                       .activation = s.activation,
                       .residual = device_residual,
                       .gate = UploadIf(gate, kF32),
@@ -74,6 +76,11 @@ TEST_P(RowsTest, LinearFusions) {
       RunLinear({2, 19, 48, 40, act, true, true, true, false, f32_out});
       RunLinear({3, 33, 64, 72, act, false, true, true, true, f32_out});
     }
+    LinearSetup narrow = {2, 19, 48, 40, act};
+    narrow.narrow_bias = true;
+    RunLinear(narrow);
+    narrow.residual = narrow.gate = true;
+    RunLinear(narrow);
   }
 }
 
@@ -100,6 +107,30 @@ TEST_P(RowsTest, LinearRowsAreIndependent) {
       EXPECT_TRUE(std::equal(part.begin(), part.end(), begin))
           << m << " rows of " << s.n << "x" << s.k << " differ from the same rows of " << most;
     }
+  }
+}
+
+// So many rows that a device may choose its kernel by time: before, then and after, a row is a row.
+TEST_P(RowsTest, LinearRowsAreIndependentOfVeryMany) {
+  constexpr std::int64_t kMany = 16384 + 40, kFew = 40, kN = 384, kK = 128;
+  const Tensor x = Upload(Random(Shape{kMany, kK}, type()), type());
+  const Tensor weight = Upload(Random(Shape{kN, kK}, type()), type());
+  const Tensor bias = Upload(Random(Shape{kN}, type()), type());
+  const auto run = [&](std::int64_t rows, Activation activation) {
+    const Tensor out = Poisoned(Shape{rows, kN}, type());
+    backend().Linear({.x = x.Slice(0, rows),
+                      .weight = weight,
+                      .bias = bias,
+                      .activation = activation,
+                      .out = out});
+    return DownloadBytes(out);
+  };
+  for (const Activation activation : {Activation::kNone, Activation::kGeluTanh}) {
+    const auto before = run(kFew, activation);
+    const auto many = run(kMany, activation);
+    EXPECT_TRUE(std::equal(before.begin(), before.end(), many.begin()));
+    EXPECT_EQ(run(kFew, activation), before);
+    EXPECT_EQ(run(kMany, activation), many);
   }
 }
 
