@@ -1,4 +1,8 @@
 // Linear: one matrix product with bias, activation, gate and residual fused.
+#include <algorithm>
+#include <cstddef>
+#include <vector>
+
 #include "kernels/cpu/check.h"
 #include "kernels/cpu/cpu_backend.h"
 #include "kernels/cpu/gemm.h"
@@ -21,7 +25,11 @@ void CpuBackend::Linear(const LinearArgs& args) {
   check.That(args.out.dtype() == type || args.out.dtype() == DType::kF32, "out",
              "has neither x's type nor F32");
   check.Holds(args.out, m * n, args.out.dtype(), "out");
-  if (args.bias.defined()) check.Is(args.bias, Shape{n}, DType::kF32, "bias");
+  const bool narrow_bias = args.bias.defined() && args.bias.dtype() == DType::kBF16;
+  if (args.bias.defined()) {
+    const bool fits = narrow_bias && type == DType::kBF16 && args.out.dtype() == type;
+    check.Is(args.bias, Shape{n}, fits ? type : DType::kF32, "bias");
+  }
   if (args.residual.defined()) {
     check.Holds(args.residual, m * n, args.out.dtype(), "residual");
   }
@@ -40,6 +48,13 @@ void CpuBackend::Linear(const LinearArgs& args) {
   // AVX2 product does not, and bf16 without the instructions for it is slow there.
   const bool use_onednn =
       type == DType::kBF16 ? features_.avx512_bf16 || features_.amx_bf16 : features_.avx512;
+  std::vector<float> widened;
+  if (narrow_bias) {
+    const auto* from = args.bias.data<BFloat16>();
+    widened.resize(static_cast<std::size_t>(n));
+    std::transform(from, from + n, widened.begin(),
+                   [](BFloat16 value) { return static_cast<float>(value); });
+  }
   const std::int64_t rows = m / groups;
   const auto row_bytes = [](const Tensor& t, std::int64_t elements) {
     return elements * static_cast<std::int64_t>(ByteSize(t.dtype()));
@@ -53,7 +68,7 @@ void CpuBackend::Linear(const LinearArgs& args) {
                     .activation = args.activation};
     call.x = args.x.data<std::byte>() + row_bytes(args.x, g * rows * k);
     call.weight = args.weight.raw();
-    if (args.bias.defined()) call.bias = args.bias.data<float>();
+    if (args.bias.defined()) call.bias = narrow_bias ? widened.data() : args.bias.data<float>();
     if (args.residual.defined()) {
       call.residual = args.residual.data<std::byte>() + row_bytes(args.residual, g * rows * n);
     }
