@@ -2,6 +2,8 @@
 // feature(Q). Two ways: tensor cores, and plain f32 arithmetic for what those do not take.
 #pragma once
 
+#include <functional>
+
 #include "kernels/attention.h"
 #include "kernels/cuda/context.h"
 
@@ -29,8 +31,36 @@ struct LinearBranchArgs {
 // D is a multiple of 8 up to 384. Chooses the way.
 void LinearBranch(const Context& context, const LinearBranchArgs& args);
 
+// What keys and values are reduced to: for some heads, sums over the scope of every query block.
+struct LinearStates {
+  // [heads, states_per_head, D + 1, D] bf16: rows 0 .. D - 1 are the sum of feature(k)^T v, row D
+  // is the sum of the normalisers.
+  Tensor sums;
+  int states_per_head = 1;  // one per query block, or one when every key is in scope
+  int first_head = 0;       // of all samples' heads
+  int heads = 0;
+  // [D, D] bf16, proj_weight transposed. Undefined where the sums hold it already (as they do when
+  // every key is in scope), and without a projection.
+  Tensor weight;
+};
+
+// Which kernel makes the sums of feature(K)^T V.
+enum class StateKernelKind {
+  kTensorCore,  // mma.sync, sm_80 and newer
+  kHopper,      // TMA and wgmma
+};
+
+// A pure function, for what TensorCoreLinearBranchFits.
+StateKernelKind ChooseStateKernel(Feature feature, int compute_major);
+
+// Calls `visit` for one group of heads after the other, as many at once as memory is spent on. For
+// what TensorCoreLinearBranchFits.
+void VisitLinearStates(const Context& context, const LinearBranchArgs& args, StateKernelKind kernel,
+                       const std::function<void(const LinearStates&)>& visit);
+
 // bf16 with D 64 or 128, 16-byte aligned, and for scopes other than kAll blocks in multiples of 64.
 bool TensorCoreLinearBranchFits(const LinearBranchArgs& args);
-void TensorCoreLinearBranch(const Context& context, const LinearBranchArgs& args);
+void TensorCoreLinearBranch(const Context& context, const LinearBranchArgs& args,
+                            StateKernelKind kernel);
 
 }  // namespace slalom::cuda

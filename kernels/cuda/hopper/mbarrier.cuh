@@ -21,6 +21,10 @@ __device__ inline void BarrierInitFence() {
   asm volatile("fence.mbarrier_init.release.cluster;\n" ::: "memory");
   asm volatile("fence.proxy.async.shared::cta;\n" ::: "memory");
 }
+// What this thread wrote to shared memory is seen by TMA and wgmma, once a barrier has ordered it.
+__device__ inline void AsyncProxyFence() {
+  asm volatile("fence.proxy.async.shared::cta;\n" ::: "memory");
+}
 __device__ inline void BarrierArrive(std::uint64_t* barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];\n" ::"r"(SharedAddress(barrier))
                : "memory");

@@ -49,4 +49,14 @@ CUtensorMap MakeTensorMap(const void* data, const std::array<std::uint64_t, 4>& 
   return map;
 }
 
+CUtensorMap MakeRowsMap(const void* data, std::int64_t batch, std::int64_t length,
+                        std::int64_t heads, std::int64_t head_size) {
+  const auto channels = static_cast<std::uint64_t>(head_size);
+  const auto width = channels * static_cast<std::uint64_t>(heads);
+  const auto rows = static_cast<std::uint64_t>(length);
+  return MakeTensorMap(
+      data, {channels, static_cast<std::uint64_t>(heads), rows, static_cast<std::uint64_t>(batch)},
+      {channels, width, width * rows}, {64, 1, 64, 1});
+}
+
 }  // namespace slalom::cuda::hopper

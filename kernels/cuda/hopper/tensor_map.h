@@ -17,4 +17,9 @@ CUtensorMap MakeTensorMap(const void* data, const std::array<std::uint64_t, 4>& 
                           const std::array<std::uint64_t, 3>& strides,
                           const std::array<std::uint32_t, 4>& box);
 
+// Rows [batch, length, heads, head_size], in boxes of 64 rows and 64 channels of one head; a box's
+// coordinates are (channel, head, row, sample).
+CUtensorMap MakeRowsMap(const void* data, std::int64_t batch, std::int64_t length,
+                        std::int64_t heads, std::int64_t head_size);
+
 }  // namespace slalom::cuda::hopper

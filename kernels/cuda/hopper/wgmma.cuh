@@ -31,21 +31,22 @@ __device__ inline void HoldRegisters(float (&registers)[kCount]) {
 }
 
 // --- products: d = a b, or d += a b when `accumulate` ---
-// a is 64 x 16, from shared memory (its rows along m) or from registers; b is 16 x N from shared
-// memory, its rows along n, or along k when kBTransposed.
-template <bool kBTransposed>
+// a is 64 x 16, from registers or from shared memory, its rows along m, or along k when
+// kATransposed; b is 16 x N from shared memory, its rows along n, or along k when kBTransposed.
+template <bool kBTransposed, bool kATransposed = false>
 __device__ inline void Wgmma64x8(float (&d)[4], std::uint64_t a, std::uint64_t b, bool accumulate) {
   asm volatile(
       "{\n.reg .pred p;\n"
       "setp.ne.b32 p, %6, 0;\n"
       "wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 "
-      "{%0, %1, %2, %3}, %4, %5, p, 1, 1, 0, %7;\n"
+      "{%0, %1, %2, %3}, %4, %5, p, 1, 1, %7, %8;\n"
       "}\n"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)), "n"(kBTransposed ? 1 : 0));
+      : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)), "n"(kATransposed ? 1 : 0),
+        "n"(kBTransposed ? 1 : 0));
 }
 
-template <bool kBTransposed>
+template <bool kBTransposed, bool kATransposed = false>
 __device__ inline void Wgmma64x64(float (&d)[32], std::uint64_t a, std::uint64_t b,
                                   bool accumulate) {
   asm volatile(
@@ -54,14 +55,15 @@ __device__ inline void Wgmma64x64(float (&d)[32], std::uint64_t a, std::uint64_t
       "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
       "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
       "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
-      "%32, %33, p, 1, 1, 0, %35;\n"
+      "%32, %33, p, 1, 1, %35, %36;\n"
       "}\n"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]),
         "+f"(d[7]), "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]),
         "+f"(d[14]), "+f"(d[15]), "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]),
         "+f"(d[21]), "+f"(d[22]), "+f"(d[23]), "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]),
         "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31])
-      : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)), "n"(kBTransposed ? 1 : 0));
+      : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)), "n"(kATransposed ? 1 : 0),
+        "n"(kBTransposed ? 1 : 0));
 }
 
 template <bool kBTransposed>
@@ -106,7 +108,7 @@ __device__ inline void Wgmma64x96(float (&d)[48], std::uint64_t a, std::uint64_t
       : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)), "n"(kBTransposed ? 1 : 0));
 }
 
-template <bool kBTransposed>
+template <bool kBTransposed, bool kATransposed = false>
 __device__ inline void Wgmma64x128(float (&d)[64], std::uint64_t a, std::uint64_t b,
                                    bool accumulate) {
   asm volatile(
@@ -117,7 +119,7 @@ __device__ inline void Wgmma64x128(float (&d)[64], std::uint64_t a, std::uint64_
       "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
       "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
       "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "
-      "%64, %65, p, 1, 1, 0, %67;\n"
+      "%64, %65, p, 1, 1, %67, %68;\n"
       "}\n"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]),
         "+f"(d[7]), "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]),
@@ -129,7 +131,8 @@ __device__ inline void Wgmma64x128(float (&d)[64], std::uint64_t a, std::uint64_
         "+f"(d[49]), "+f"(d[50]), "+f"(d[51]), "+f"(d[52]), "+f"(d[53]), "+f"(d[54]), "+f"(d[55]),
         "+f"(d[56]), "+f"(d[57]), "+f"(d[58]), "+f"(d[59]), "+f"(d[60]), "+f"(d[61]), "+f"(d[62]),
         "+f"(d[63])
-      : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)), "n"(kBTransposed ? 1 : 0));
+      : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)), "n"(kATransposed ? 1 : 0),
+        "n"(kBTransposed ? 1 : 0));
 }
 
 template <bool kBTransposed>

@@ -112,6 +112,54 @@ TEST(Descriptor, AttentionValues) {
   }
 }
 
+// Sums of feature(K)^T V: rows are keys, which are the product's k, for both operands; a warpgroup
+// has one panel of features.
+TEST(Descriptor, LinearBranchFeatures) {
+  constexpr int kKeys = 64;
+  constexpr std::uint32_t kPanelBytes = kKeys * 128;
+  SharedMemory shared;
+  for (int panel = 0; panel < 2; ++panel) {
+    shared.CopyBox(kBase + panel * kPanelBytes, kKeys, 128, panel * 64, 128);
+  }
+  for (int panel = 0; panel < 2; ++panel) {
+    for (int step = 0; step < kKeys / 16; ++step) {
+      const Operand operand(
+          SwizzledTile(kBase + panel * kPanelBytes + step * 16 * 128, kPanelBytes));
+      for (int m = 0; m < 64; ++m) {
+        for (int k = 0; k < 16; ++k) {
+          ASSERT_EQ(shared.At(operand.MnMajor(m, k)), (step * 16 + k) * 128 + panel * 64 + m);
+        }
+      }
+    }
+  }
+}
+
+// The linear branch's [128, 128] matrices in stages of V: whole, or as two parts of 64 rows.
+TEST(Descriptor, LinearBranchMatrices) {
+  for (const int part_rows : {64, 128}) {
+    const std::uint32_t panel_bytes = static_cast<std::uint32_t>(part_rows) * 128;
+    const std::uint32_t stage_bytes = 2 * panel_bytes;
+    SharedMemory shared;
+    for (int part = 0; part < 128 / part_rows; ++part) {
+      for (int row = 0; row < part_rows; row += 64) {
+        for (int panel = 0; panel < 2; ++panel) {
+          shared.CopyBox(kBase + part * stage_bytes + panel * panel_bytes + row * 128, 64, 128,
+                         (part * part_rows + row) * 128 + panel * 64, 128);
+        }
+      }
+    }
+    for (int step = 0; step < 8; ++step) {
+      const int part = step / (part_rows / 16), own = step % (part_rows / 16);
+      const Operand operand(SwizzledTile(kBase + part * stage_bytes + own * 16 * 128, panel_bytes));
+      for (int n = 0; n < 128; ++n) {
+        for (int k = 0; k < 16; ++k) {
+          ASSERT_EQ(shared.At(operand.MnMajor(n, k)), (step * 16 + k) * 128 + n);
+        }
+      }
+    }
+  }
+}
+
 // Convolution: weights in panels of 32 or 64 channels, 8 to 192 output channels.
 template <std::uint32_t kRowBytes>
 void CheckWeights(int rows) {

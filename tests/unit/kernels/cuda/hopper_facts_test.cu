@@ -265,6 +265,97 @@ TEST_F(HopperProducts, Values128) { Check<Product<128, 64, true>>(); }
 TEST_F(HopperProducts, Channels96) { Check<Product<96, 32, false>>(); }
 TEST_F(HopperProducts, Channels192) { Check<Product<192, 32, false>>(); }
 
+// d [64, kN] = a^T b for a [64, 64] and b [64, kN], whose rows both run along k, and the sums of
+// a's columns as a product with ones. a is written by threads, as features of keys are.
+template <int kN>
+__global__ void __launch_bounds__(128)
+    SumsKernel(const __grid_constant__ CUtensorMap a_map, const __grid_constant__ CUtensorMap b_map,
+               float* out, float* totals) {
+  extern __shared__ std::byte dynamic_shared[];
+  std::byte* a = Align1024(dynamic_shared);
+  std::byte* ones = a + 64 * 128;
+  std::byte* b = ones + 1024;
+  __shared__ std::uint64_t full;
+  if (threadIdx.x == 0) {
+    BarrierInit(&full, 1);
+    BarrierInitFence();
+  }
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    BarrierExpect(&full, 64 * 128 + 64 * kN * 2);
+    CopyBox(&a_map, &full, a, 0, 0, 0, 0);
+    for (int panel = 0; panel < kN / 64; ++panel) {
+      CopyBox(&b_map, &full, b + panel * 64 * 128, panel * 64, 0, 0, 0);
+    }
+  }
+  BarrierWait(&full, 0);
+  for (int i = threadIdx.x; i < 64 * 64; i += 128) {
+    auto* value = reinterpret_cast<bf16*>(a) + i;
+    *value = __float2bfloat16(2.0f * __bfloat162float(*value));
+  }
+  for (int i = threadIdx.x; i < 512; i += 128) {
+    reinterpret_cast<bf16*>(ones)[i] = __float2bfloat16(1.0f);
+  }
+  AsyncProxyFence();
+  __syncthreads();
+  float d[kN / 2] = {}, total[4] = {};
+  HoldRegisters(d);
+  HoldRegisters(total);
+  WgmmaFence();
+#pragma unroll
+  for (int step = 0; step < 4; ++step) {
+    const std::uint64_t lhs = SwizzledTile(SharedAddress(a) + step * 16 * 128, 64 * 128);
+    const std::uint64_t rhs = SwizzledTile(SharedAddress(b) + step * 16 * 128, 64 * 128);
+    if constexpr (kN == 64) Wgmma64x64<true, true>(d, lhs, rhs, step > 0);
+    if constexpr (kN == 128) Wgmma64x128<true, true>(d, lhs, rhs, step > 0);
+    Wgmma64x8<false, true>(total, lhs, SwizzledTile(SharedAddress(ones), 0), step > 0);
+  }
+  WgmmaCommit();
+  WgmmaWait<0>();
+  HoldRegisters(d);
+  HoldRegisters(total);
+  const int lane = threadIdx.x % 32;
+  const int row = static_cast<int>(threadIdx.x) / 32 * 16 + lane / 4;
+#pragma unroll
+  for (int i = 0; i < kN / 2; ++i) {
+    out[(row + i % 4 / 2 * 8) * kN + i / 4 * 8 + 2 * (lane % 4) + i % 2] = d[i];
+  }
+  for (int i = 0; i < 4; ++i) totals[(row + i / 2 * 8) * 8 + 2 * (lane % 4) + i % 2] = total[i];
+}
+
+class HopperSums : public HopperFacts {
+ protected:
+  template <int kN>
+  void Check() {
+    Buffer<bf16> a(64 * 64), b(64 * kN);
+    FillSmall(a.host);
+    FillSmall(b.host);
+    Buffer<float> out(64 * kN), totals(64 * 8);
+    const CUtensorMap a_map =
+        MakeTensorMap(a.Upload(), {64, 64, 1, 1}, {64, 64 * 64, 64 * 64}, {64, 64, 1, 1});
+    const CUtensorMap b_map =
+        MakeTensorMap(b.Upload(), {kN, 64, 1, 1}, {kN, 64 * kN, 64 * kN}, {64, 64, 1, 1});
+    SumsKernel<kN><<<1, 128, 28 * 1024>>>(a_map, b_map, out.Upload(), totals.Upload());
+    out.Download();
+    totals.Download();
+    for (int m = 0; m < 64; ++m) {
+      float total = 0;
+      for (int k = 0; k < 64; ++k) total += 2.0f * __bfloat162float(a.host[k * 64 + m]);
+      for (int i = 0; i < 8; ++i) ASSERT_EQ(totals.host[m * 8 + i], total) << "row " << m;
+      for (int n = 0; n < kN; ++n) {
+        float sum = 0;
+        for (int k = 0; k < 64; ++k) {
+          sum += 2.0f * __bfloat162float(a.host[k * 64 + m]) * __bfloat162float(b.host[k * kN + n]);
+        }
+        ASSERT_EQ(out.host[m * kN + n], sum) << "row " << m << " column " << n;
+      }
+    }
+  }
+};
+
+TEST_F(HopperSums, Sums64) { Check<64>(); }
+TEST_F(HopperSums, Sums128) { Check<128>(); }
+
 // A convolution's tap: 8 lines of 8 pixels out of a patch of 10 lines of 10, from any row on; b is
 // 64 weights. `kWidth` channels: a row of one of the two swizzles.
 template <int kWidth>

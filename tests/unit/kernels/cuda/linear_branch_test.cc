@@ -62,7 +62,7 @@ class LinearBranchKernels : public testing::Test {
     const Tensor angles = Random({c.length, c.head_size / 2});
     const Tensor weight = Random({c.head_size, c.head_size}, 0.2f), bias = Random({c.head_size});
     const BlockMap map = RandomMap(c);
-    const auto run = [&](DType type) {
+    const auto run = [&](DType type, StateKernelKind kernel) {
       LinearBranchArgs args;
       args.q = Upload(q, type);
       args.k = Upload(k, type);
@@ -81,12 +81,22 @@ class LinearBranchKernels : public testing::Test {
       args.accumulate = c.accumulate;
       args.out = Upload(before, type);
       EXPECT_EQ(TensorCoreLinearBranchFits(args), type == DType::kBF16);
-      LinearBranch(backend_->context(), args);
+      type == DType::kBF16 ? TensorCoreLinearBranch(backend_->context(), args, kernel)
+                           : LinearBranch(backend_->context(), args);
       const Tensor out = Tensor::Host(shape, DType::kF32);
       backend_->Copy(args.out, out);
       return out;
     };
-    const Tensor expected = run(DType::kF32), actual = run(DType::kBF16);
+    const Tensor expected = run(DType::kF32, StateKernelKind::kTensorCore);
+    ExpectNear(c, expected, run(DType::kBF16, StateKernelKind::kTensorCore), "mma.sync");
+    if (ChooseStateKernel(c.feature, backend_->context().compute_major) ==
+        StateKernelKind::kHopper) {
+      ExpectNear(c, expected, run(DType::kBF16, StateKernelKind::kHopper), "wgmma");
+    }
+  }
+
+  static void ExpectNear(const Case& c, const Tensor& expected, const Tensor& actual,
+                         const std::string& kernel) {
     float largest = 0.0f, worst = 0.0f;
     std::int64_t at = 0;
     for (std::int64_t i = 0; i < expected.NumElements(); ++i) {
@@ -98,8 +108,8 @@ class LinearBranchKernels : public testing::Test {
       if (std::isnan(error)) break;
     }
     EXPECT_LE(worst, largest * 0x1p-7f)
-        << "element " << at << " of " << ToString(shape) << ": " << actual.data<float>()[at]
-        << " instead of " << expected.data<float>()[at] << ", feature "
+        << kernel << ", element " << at << " of " << ToString(expected.shape()) << ": "
+        << actual.data<float>()[at] << " instead of " << expected.data<float>()[at] << ", feature "
         << static_cast<int>(c.feature) << ", scope " << static_cast<int>(c.scope);
   }
 
@@ -128,6 +138,18 @@ TEST_F(LinearBranchKernels, ManyChunksOfKeys) {
   Compare({.batch = 2, .length = 1, .heads = 2, .head_size = 64});
 }
 
+// More tiles than stages in one state, and states that end within a block of threads.
+TEST_F(LinearBranchKernels, RingWrapsAround) {
+  for (const int head_size : {64, 128}) {
+    Compare({.length = 64 * 9 + 1, .heads = 132, .head_size = head_size});
+    Compare({.length = 64 * 11 + 5,
+             .heads = 132,
+             .head_size = head_size,
+             .scope = LinearScope::kNonCritical,
+             .block_k = 128});
+  }
+}
+
 TEST_F(LinearBranchKernels, Scopes) {
   for (const LinearScope scope : {LinearScope::kMarginal, LinearScope::kNonCritical}) {
     Compare({.batch = 2, .length = 700, .heads = 3, .head_size = 64, .scope = scope});
@@ -135,6 +157,12 @@ TEST_F(LinearBranchKernels, Scopes) {
     Compare({.length = 640, .heads = 2, .scope = scope, .block_q = 128, .block_k = 128});
     Compare({.length = 50, .scope = scope});
   }
+}
+
+TEST(ChooseStateKernel, TakesWgmmaWhereItCan) {
+  EXPECT_EQ(ChooseStateKernel(Feature::kSoftmax, 9), StateKernelKind::kHopper);
+  EXPECT_EQ(ChooseStateKernel(Feature::kSoftmax, 8), StateKernelKind::kTensorCore);
+  EXPECT_EQ(ChooseStateKernel(Feature::kRotatedRelu, 9), StateKernelKind::kTensorCore);
 }
 
 }  // namespace

@@ -3,6 +3,7 @@
 // stage that holds another tile, nothing is overwritten before all have read it.
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <set>
 #include <string>
@@ -131,7 +132,8 @@ class Exploration {
 
 constexpr int kAttentionStages = 2;
 
-Program AttentionProducer(int tiles) {
+// `parts` of the linear branch's matrices follow in the stages of V, as tiles -2, -3 and so on.
+Program AttentionProducer(int tiles, int parts = 0) {
   Program program;
   Ring<kAttentionStages> ring;
   for (int tile = tiles - 1; tile >= 0; --tile, ring.Next()) {
@@ -139,6 +141,10 @@ Program AttentionProducer(int tiles) {
       program.push_back({Step::Kind::kWait, ring.stage, ring.parity ^ 1, tile, values});
       program.push_back({Step::Kind::kLoad, ring.stage, 0, tile, values});
     }
+  }
+  for (int part = 0; part < parts; ++part, ring.Next()) {
+    program.push_back({Step::Kind::kWait, ring.stage, ring.parity ^ 1, 0, true});
+    program.push_back({Step::Kind::kLoad, ring.stage, 0, -2 - part, true});
   }
   return program;
 }
@@ -173,6 +179,16 @@ struct AttentionConsumer {
     }
     if (group == 0) Turn(Step::Kind::kSync, 0);
   }
+  // `at_once` parts are waited for, multiplied and given back together.
+  void Mix(int parts, int at_once) {
+    for (int first = 0; first < parts; first += at_once) {
+      Ring<kAttentionStages> ring = v_ring;
+      for (int i = 0; i < at_once; ++i, ring.Next()) {
+        program.push_back({Step::Kind::kWait, ring.stage, ring.parity, 0, true});
+      }
+      for (int i = 0; i < at_once; ++i) Finish(true, -2 - first - i);
+    }
+  }
 };
 
 TEST(Pipeline, Attention) {
@@ -186,6 +202,69 @@ TEST(Pipeline, Attention) {
       }
       const Exploration exploration(programs, kAttentionStages, groups);
       EXPECT_EQ(exploration.fault(), "") << groups << " consumers, " << tiles << " tiles";
+    }
+  }
+}
+
+TEST(Pipeline, AttentionWithLinearBranch) {
+  for (const int groups : {1, 2}) {
+    for (int tiles = 0; tiles <= 5; ++tiles) {
+      for (const int at_once : {1, 2}) {
+        for (const int matrices : {1, 2}) {
+          const int parts = matrices * at_once;
+          std::vector<Program> programs{AttentionProducer(tiles, parts)};
+          for (int group = 0; group < groups; ++group) {
+            AttentionConsumer consumer{group, groups, {}, {}, {}};
+            if (tiles > 0) consumer.Run(tiles);
+            consumer.Mix(parts, at_once);
+            programs.push_back(consumer.program);
+          }
+          const Exploration exploration(programs, kAttentionStages, groups);
+          EXPECT_EQ(exploration.fault(), "") << groups << " consumers, " << tiles << " tiles, "
+                                             << parts << " parts, " << at_once << " at once";
+        }
+      }
+    }
+  }
+}
+
+constexpr int kLinearStages = 2;
+
+// Sums of feature(K)^T V, `per_state` tiles each: a stage is given back when the product after its
+// own has been started, or with the state.
+Program StatesConsumer(int tiles, int per_state) {
+  Program program;
+  Ring<kLinearStages> ring;
+  const auto finish = [&](int stage, int tile) {
+    program.push_back({Step::Kind::kRead, stage, 0, tile, false});
+    program.push_back({Step::Kind::kRelease, stage, 0, 0, false});
+  };
+  for (int done = 0; done < tiles; done += per_state) {
+    const int last = std::min(per_state, tiles - done) - 1;
+    for (int i = 0; i <= last; ++i) {
+      const int multiplied = ring.stage;
+      if (i > 0) ring.Next();
+      program.push_back({Step::Kind::kWait, ring.stage, ring.parity, 0, false});
+      if (i > 0) finish(multiplied, done + i - 1);
+    }
+    finish(ring.stage, done + last);
+    ring.Next();
+  }
+  return program;
+}
+
+TEST(Pipeline, LinearStates) {
+  for (int tiles = 1; tiles <= 7; ++tiles) {
+    Program producer;
+    Ring<kLinearStages> ring;
+    for (int tile = 0; tile < tiles; ++tile, ring.Next()) {
+      producer.push_back({Step::Kind::kWait, ring.stage, ring.parity ^ 1, tile, false});
+      producer.push_back({Step::Kind::kLoad, ring.stage, 0, tile, false});
+    }
+    for (const int per_state : {1, 2, 7}) {
+      const Program consumer = StatesConsumer(tiles, per_state);
+      const Exploration exploration({producer, consumer, consumer}, kLinearStages, 2);
+      EXPECT_EQ(exploration.fault(), "") << tiles << " tiles, " << per_state << " per state";
     }
   }
 }
