@@ -17,6 +17,7 @@
 #include "kernels/core/error.h"
 #include "kernels/cuda/attention/linear_branch.h"
 #include "kernels/cuda/attention/problem.h"
+#include "kernels/cuda/attention/sla.h"
 #include "kernels/cuda/cuda_backend.h"
 
 namespace slalom {
@@ -177,7 +178,18 @@ void BenchSparse(Bench& bench, int block_q, double topk, LinearScope scope, bool
   }
   args.out = out;
   const double pairs = static_cast<double>(CriticalBlocks(topk, (kTokens + 63) / 64)) * 64.0;
-  bench.Flops(name, 4.0 * kTokens * pairs * kWidth, [&] { backend.SlaAttention(args); });
+  const double flops = 4.0 * kTokens * pairs * kWidth;
+  bench.Flops(name, flops, [&] { backend.SlaAttention(args); });
+  if (!linear) return;
+  const cuda::Context& context = bench.backend().context();
+  bench.Flops(name + ": in two kernels", flops,
+              [&] { cuda::SlaAttention(context, args, cuda::SlaWay::kSeparate); });
+  bench.Flops(name + ": with map", flops, [&] {
+    const BlockMap own = backend.MakeBlockMap(map_args);
+    SlaArgs with_map = args;
+    with_map.map = &own;
+    backend.SlaAttention(with_map);
+  });
 }
 
 // The linear branch alone, every head at once. Bytes: Q, K, V and out once.
@@ -207,6 +219,30 @@ void BenchLinearBranch(Bench& bench, LinearScope scope, int block_q, cuda::Featu
   }
   bench.Bytes(name, 4.0 * args.q.NumBytes(),
               [&] { cuda::LinearBranch(bench.backend().context(), args); });
+}
+
+// The first half of the linear branch, by both kernels. Bytes: K and V once, and the sums where
+// there is one per query block.
+void BenchStates(Bench& bench, LinearScope scope, const std::string& name) {
+  if (!bench.Wanted(name)) return;
+  const Shape shape{1, kTokens, kHeads, kHeadSize};
+  cuda::LinearBranchArgs args;
+  args.q = args.k = bench.Random(shape, kBF16);
+  args.v = bench.Random(shape, kBF16);
+  args.scope = scope;
+  const BlockMap map = bench.backend().MakeBlockMap({.q = args.q, .k = args.k});
+  args.map = &map;
+  args.proj_weight = bench.Random({kHeadSize, kHeadSize}, kF32);
+  const double states = scope == LinearScope::kAll ? 1 : (kTokens + 63) / 64;
+  const double bytes = 2.0 * args.k.NumBytes() + states * kHeads * kHeadSize * (kHeadSize + 1) * 2;
+  const cuda::Context& context = bench.backend().context();
+  for (const auto kernel : {cuda::StateKernelKind::kTensorCore,
+                            cuda::ChooseStateKernel(args.feature, context.compute_major)}) {
+    const bool hopper = kernel == cuda::StateKernelKind::kHopper;
+    bench.Bytes(name + (hopper ? ", wgmma" : ", mma.sync"), bytes, [&] {
+      cuda::VisitLinearStates(context, args, kernel, [](const cuda::LinearStates&) {});
+    });
+  }
 }
 
 void BenchMassKept(Bench& bench) {
@@ -326,6 +362,8 @@ void RunAll(Bench& bench) {
   BenchLinearBranch(bench, LinearScope::kMarginal, 64, Feature::kSoftmax,
                     "sla branch alone, marginal 64x64");
   BenchLinearBranch(bench, LinearScope::kAll, 64, Feature::kRotatedRelu, "salad branch alone");
+  BenchStates(bench, LinearScope::kAll, "sla sums, all");
+  BenchStates(bench, LinearScope::kMarginal, "sla sums, marginal 64x64");
   BenchMassKept(bench);
 }
 

@@ -71,11 +71,11 @@ trap finish EXIT
 if [ "$mode" = sanitize ]; then
   for tool in memcheck racecheck; do
     sanitize $tool kernels_cuda_hopper_test '*'
-    sanitize $tool kernels_cuda_attention_test 'HopperAttentionSteps*:*TensorCoreWithBias:LinearBranchKernels*'
+    sanitize $tool kernels_cuda_attention_test 'HopperAttentionSteps*:*TensorCoreWithBias:LinearBranchKernels*:SlaKernels.*Tile*:SlaKernels.*Critical*'
     sanitize $tool kernels_cuda_conv_test '*HopperSteps'
     sanitize $tool kernels_cuda_test '*Rows*:*Frames*:*Map*:*Sla*:*Salad*'
   done
-  sanitize initcheck kernels_cuda_attention_test 'LinearBranchKernels*'
+  sanitize initcheck kernels_cuda_attention_test 'LinearBranchKernels*:SlaKernels.*Tile*:SlaKernels.*Critical*'
   sanitize initcheck kernels_cuda_test '*Rows*:*Map*:*Sla*'
   exit 0
 fi
@@ -121,6 +121,7 @@ rung tma-copy          $hopper '*Copy*' 20
 rung wgmma-scores      $hopper '*Scores*' 20
 rung wgmma-values      $hopper '*Values*' 20
 rung wgmma-channels    $hopper '*Channels*' 20
+rung wgmma-sums        $hopper '*Sums*' 20
 rung warpgroup-turns   $hopper '*Turns*' 20
 rung linear            $operations '*RowsTest.Linear*' 45
 rung rows              $operations '*RowsTest.*-*Linear*' 45
@@ -140,7 +141,13 @@ rung conv-hopper       $conv 'ConvKernels.Hopper' 40
 rung conv-operation    $operations '*FramesTest.Conv*' 40
 rung dense             $operations '*AttentionTest.Dense*' 60
 rung maps              $operations '*AttentionTest.Map*:*Window*:*Count*:*MassKept*' 40
-rung linear-branch     $attention 'LinearBranchKernels.*' 40
+for step in OneTile Features ManyChunksOfKeys RingWrapsAround Scopes; do
+  rung "linear-$step" $attention "LinearBranchKernels.$step" 20
+done
+for step in OneTile OneTileProjected NoCriticalBlock EveryBlockCritical FeatureMaps \
+  LengthsScopesAndBlocks FusedRepeats; do
+  rung "sla-$step" $attention "SlaKernels.$step" 30
+done
 rung sla               $operations '*AttentionTest.Sla*' 60
 rung salad             $operations '*AttentionTest.Salad*' 40
 echo "checked after $SECONDS s" >>"$results/table.txt"

@@ -48,9 +48,12 @@ AttentionKernel ChooseAttentionKernel(const AttentionProblem& problem, bool alig
   return dense && problem.head_size % 8 == 0 ? AttentionKernel::kProduct : AttentionKernel::kRow;
 }
 
+AttentionKernel ChooseAttentionKernel(const Context& context, const AttentionProblem& problem) {
+  return ChooseAttentionKernel(problem, Aligned(problem), context.compute_major);
+}
+
 void RunAttention(const Context& context, const AttentionProblem& problem) {
-  RunAttention(context, problem,
-               ChooseAttentionKernel(problem, Aligned(problem), context.compute_major));
+  RunAttention(context, problem, ChooseAttentionKernel(context, problem));
 }
 
 void RunAttention(const Context& context, const AttentionProblem& problem, AttentionKernel kernel) {

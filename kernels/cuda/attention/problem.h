@@ -44,6 +44,9 @@ enum class AttentionKernel {
 AttentionKernel ChooseAttentionKernel(const AttentionProblem& problem, bool aligned,
                                       int compute_major);
 
+// The same for this problem and this device.
+AttentionKernel ChooseAttentionKernel(const Context& context, const AttentionProblem& problem);
+
 void RunAttention(const Context& context, const AttentionProblem& problem);
 void RunAttention(const Context& context, const AttentionProblem& problem, AttentionKernel kernel);
 

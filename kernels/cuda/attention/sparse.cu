@@ -3,6 +3,7 @@
 
 #include "kernels/cuda/attention/linear_branch.h"
 #include "kernels/cuda/attention/problem.h"
+#include "kernels/cuda/attention/sla.h"
 #include "kernels/cuda/check.h"
 #include "kernels/cuda/ops.h"
 #include "kernels/cuda/reduce.cuh"
@@ -44,8 +45,8 @@ void CheckQkv(const Tensor& q, const Tensor& k, const Tensor& v) {
 }
 
 // softmax over the critical blocks, into out [B, L, H, D].
-void SparseBranch(const Context& context, const Tensor& q, const Tensor& k, const Tensor& v,
-                  const BlockMap& map, const Tensor& out) {
+AttentionProblem SparseProblem(const Tensor& q, const Tensor& k, const Tensor& v,
+                               const BlockMap& map, const Tensor& out) {
   AttentionProblem problem;
   problem.dtype = q.dtype();
   problem.q = q.raw();
@@ -64,7 +65,7 @@ void SparseBranch(const Context& context, const Tensor& q, const Tensor& k, cons
   problem.list.capacity = map.critical.dim(3);
   problem.list.block_q = map.block_q;
   problem.list.block_k = map.block_k;
-  RunAttention(context, problem);
+  return problem;
 }
 
 // Between (t, y, x) and, for the second half of the heads, (y, x, t). One warp per token and head.
@@ -165,7 +166,7 @@ void SaladSparseBranch(const Context& context, const SaladArgs& args) {
   const Shape by_head = args.q.shape();
   const Tensor out = args.out.Reshape(by_head);
   if (args.map_kind != BlockMapKind::kWindow) {
-    SparseBranch(context, args.q, args.k, args.v, *args.map, out);
+    RunAttention(context, SparseProblem(args.q, args.k, args.v, *args.map, out));
     return;
   }
   Require(args.grid.size() == args.q.dim(1), "SaladAttention: grid does not hold q's tokens");
@@ -173,7 +174,8 @@ void SaladSparseBranch(const Context& context, const SaladArgs& args) {
     return Reorder(context, x, args.grid, false, context.Allocate(by_head, x.dtype()));
   };
   const Tensor result = context.Allocate(by_head, args.q.dtype());
-  SparseBranch(context, reordered(args.q), reordered(args.k), reordered(args.v), *args.map, result);
+  const Tensor q = reordered(args.q), k = reordered(args.k), v = reordered(args.v);
+  RunAttention(context, SparseProblem(q, k, v, *args.map, result));
   Reorder(context, result, args.grid, true, out);
 }
 
@@ -199,17 +201,17 @@ void CheckSalad(const SaladArgs& args) {
   RequireTensor(args.gate_bias, {1}, DType::kF32, "SaladAttention: gate_bias");
 }
 
-}  // namespace
-
-void SlaAttention(const Context& context, const SlaArgs& args) {
+void CheckSla(const SlaArgs& args) {
   CheckQkv(args.q, args.k, args.v);
   CheckMap(args.map, args.q);
   RequireTensor(args.out, args.q.shape(), args.q.dtype(), "SlaAttention: out");
-  SparseBranch(context, args.q, args.k, args.v, *args.map, args.out);
   if (!args.proj_weight.defined()) return;
   const std::int64_t head_size = args.q.dim(3);
   RequireTensor(args.proj_weight, {head_size, head_size}, DType::kF32, "SlaAttention: proj_weight");
   RequireTensor(args.proj_bias, {head_size}, DType::kF32, "SlaAttention: proj_bias");
+}
+
+LinearBranchArgs SlaLinearArgs(const SlaArgs& args) {
   LinearBranchArgs linear;
   linear.q = args.q;
   linear.k = args.k;
@@ -221,7 +223,42 @@ void SlaAttention(const Context& context, const SlaArgs& args) {
   linear.proj_bias = args.proj_bias;
   linear.accumulate = true;
   linear.out = args.out;
-  LinearBranch(context, linear);
+  return linear;
+}
+
+}  // namespace
+
+SlaWay ChooseSlaWay(AttentionKernel sparse, bool sums_fit, Feature feature) {
+  const bool fits =
+      sparse == AttentionKernel::kHopper && sums_fit && feature != Feature::kRotatedRelu;
+  return fits ? SlaWay::kFused : SlaWay::kSeparate;
+}
+
+void SlaAttention(const Context& context, const SlaArgs& args) {
+  CheckSla(args);
+  if (args.q.NumElements() == 0) return;
+  const AttentionProblem problem = SparseProblem(args.q, args.k, args.v, *args.map, args.out);
+  if (!args.proj_weight.defined()) return RunAttention(context, problem);
+  const LinearBranchArgs linear = SlaLinearArgs(args);
+  SlaAttention(context, args,
+               ChooseSlaWay(ChooseAttentionKernel(context, problem),
+                            TensorCoreLinearBranchFits(linear), linear.feature));
+}
+
+void SlaAttention(const Context& context, const SlaArgs& args, SlaWay way) {
+  CheckSla(args);
+  Require(args.proj_weight.defined(), "SlaAttention: there is no linear branch");
+  const AttentionProblem problem = SparseProblem(args.q, args.k, args.v, *args.map, args.out);
+  const LinearBranchArgs linear = SlaLinearArgs(args);
+  if (way == SlaWay::kSeparate) {
+    RunAttention(context, problem);
+    return LinearBranch(context, linear);
+  }
+  VisitLinearStates(context, linear, ChooseStateKernel(linear.feature, context.compute_major),
+                    [&](const LinearStates& states) {
+                      HopperSla(context, problem, states, linear.feature,
+                                args.proj_bias.data<float>());
+                    });
 }
 
 void SaladAttention(const Context& context, const SaladArgs& args) {

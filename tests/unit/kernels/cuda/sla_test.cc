@@ -1,0 +1,202 @@
+// SLA on bf16, in one kernel and in two, against plain f32 arithmetic on the same values, for every
+// combination of scope, blocks and head size, with forced maps.
+#include "kernels/cuda/attention/sla.h"
+
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cmath>
+#include <memory>
+#include <random>
+#include <string>
+
+#include "kernels/cuda/cuda_backend.h"
+
+namespace slalom::cuda {
+namespace {
+
+struct Case {
+  std::int64_t batch = 1, length = 64, heads = 1;
+  int head_size = 128;
+  LinearScope scope = LinearScope::kAll;
+  int block_q = 64, block_k = 64;
+  FeatureMap feature_map = FeatureMap::kSoftmax;
+  int critical_of_8 = 2;  // how many of eight blocks are critical, at random; 8: every one
+};
+
+std::string Name(const Case& c) {
+  return "B " + std::to_string(c.batch) + " L " + std::to_string(c.length) + " H " +
+         std::to_string(c.heads) + " D " + std::to_string(c.head_size) + " blocks " +
+         std::to_string(c.block_q) + "x" + std::to_string(c.block_k) + " scope " +
+         std::to_string(static_cast<int>(c.scope)) + " features " +
+         std::to_string(static_cast<int>(c.feature_map)) + " critical " +
+         std::to_string(c.critical_of_8);
+}
+
+class SlaKernels : public testing::Test {
+ protected:
+  void SetUp() override {
+    if (CudaDeviceCount() == 0) GTEST_SKIP() << "this machine has no CUDA device";
+    backend_ = std::make_unique<CudaBackend>(0, BackendOptions{});
+    if (backend_->context().compute_major != 9) GTEST_SKIP() << "this device is not a Hopper";
+  }
+
+  // Values that are exact in bf16.
+  Tensor Random(const Shape& shape, float scale = 1.0f) {
+    const Tensor host = Tensor::Host(shape, DType::kF32);
+    std::normal_distribution<float> normal(0.0f, scale);
+    for (std::int64_t i = 0; i < host.NumElements(); ++i) {
+      host.data<float>()[i] = static_cast<float>(BFloat16(normal(random_)));
+    }
+    return host;
+  }
+  Tensor Upload(const Tensor& host, DType type) {
+    const Tensor device = backend_->Allocate(host.shape(), type);
+    backend_->Copy(host, device);
+    return device;
+  }
+
+  // Rows of blocks may be without critical ones, or without any in scope.
+  BlockMap RandomMap(const Case& c) {
+    const Shape shape{c.batch, c.heads, (c.length + c.block_q - 1) / c.block_q,
+                      (c.length + c.block_k - 1) / c.block_k};
+    const Tensor classes = Tensor::Host(shape, DType::kU8);
+    for (std::int64_t i = 0; i < classes.NumElements(); ++i) {
+      const bool critical = static_cast<int>(random_() % 8) < c.critical_of_8;
+      classes.data<std::uint8_t>()[i] =
+          critical ? 1 : static_cast<std::uint8_t>(random_() % 3 == 0 ? 0 : 2);
+    }
+    return backend_->BlockMapFromClasses(Upload(classes, DType::kU8), c.block_q, c.block_k);
+  }
+
+  struct Inputs {
+    Tensor q, k, v, weight, bias;
+    BlockMap map;
+  };
+  Inputs RandomInputs(const Case& c) {
+    const Shape shape{c.batch, c.length, c.heads, c.head_size};
+    return {Random(shape),         Random(shape),
+            Random(shape),         Random({c.head_size, c.head_size}, 0.2f),
+            Random({c.head_size}), RandomMap(c)};
+  }
+
+  Tensor Run(const Case& c, const Inputs& in, DType type, SlaWay way) {
+    const Tensor poison = Tensor::Host(in.q.shape(), DType::kF32);
+    std::fill_n(poison.data<float>(), poison.NumElements(), NAN);
+    SlaArgs args;
+    args.q = Upload(in.q, type);
+    args.k = Upload(in.k, type);
+    args.v = Upload(in.v, type);
+    args.map = &in.map;
+    args.scope = c.scope;
+    args.feature_map = c.feature_map;
+    args.proj_weight = Upload(in.weight, DType::kF32);
+    args.proj_bias = Upload(in.bias, DType::kF32);
+    args.out = Upload(poison, type);
+    SlaAttention(backend_->context(), args, way);
+    const Tensor out = Tensor::Host(in.q.shape(), DType::kF32);
+    backend_->Copy(args.out, out);
+    return out;
+  }
+
+  void Compare(const Case& c) {
+    const Inputs in = RandomInputs(c);
+    const Tensor expected = Run(c, in, DType::kF32, SlaWay::kSeparate);
+    for (const SlaWay way : {SlaWay::kFused, SlaWay::kSeparate}) {
+      const Tensor actual = Run(c, in, DType::kBF16, way);
+      float largest = 0.0f, worst = 0.0f;
+      std::int64_t at = 0;
+      for (std::int64_t i = 0; i < expected.NumElements(); ++i) {
+        const float wanted = expected.data<float>()[i], got = actual.data<float>()[i];
+        ASSERT_TRUE(std::isfinite(got)) << Name(c) << " element " << i;
+        largest = std::max(largest, std::abs(wanted));
+        if (std::abs(got - wanted) <= worst) continue;
+        worst = std::abs(got - wanted);
+        at = i;
+      }
+      // Probabilities, features, sums and the result are each rounded to bf16 once.
+      EXPECT_LE(worst, largest * 0x1p-7f)
+          << (way == SlaWay::kFused ? "fused, " : "separate, ") << Name(c) << ", element " << at
+          << ": " << actual.data<float>()[at] << " instead of " << expected.data<float>()[at];
+    }
+  }
+
+  void CompareBoth(Case c) {
+    for (const int head_size : {64, 128}) {
+      c.head_size = head_size;
+      Compare(c);
+    }
+  }
+
+ private:
+  std::unique_ptr<CudaBackend> backend_;
+  std::mt19937 random_{23};
+};
+
+// From one tile to many: the first that fails says where to look.
+TEST_F(SlaKernels, OneTile) {
+  CompareBoth({.length = 128, .block_q = 128, .critical_of_8 = 8});
+  CompareBoth({.length = 64, .critical_of_8 = 8});
+}
+TEST_F(SlaKernels, OneTileProjected) {
+  CompareBoth({.length = 256, .scope = LinearScope::kNonCritical, .block_q = 128});
+  CompareBoth({.length = 256, .scope = LinearScope::kNonCritical});
+}
+TEST_F(SlaKernels, NoCriticalBlock) {
+  for (const LinearScope scope : {LinearScope::kAll, LinearScope::kMarginal}) {
+    CompareBoth({.length = 300, .scope = scope, .block_q = 128, .critical_of_8 = 0});
+    CompareBoth({.length = 300, .scope = scope, .critical_of_8 = 0});
+  }
+}
+TEST_F(SlaKernels, EveryBlockCritical) {
+  for (const LinearScope scope :
+       {LinearScope::kAll, LinearScope::kMarginal, LinearScope::kNonCritical}) {
+    CompareBoth({.length = 700, .scope = scope, .block_q = 128, .critical_of_8 = 8});
+    CompareBoth({.length = 700, .scope = scope, .critical_of_8 = 8});
+  }
+}
+TEST_F(SlaKernels, FeatureMaps) {
+  for (const FeatureMap map : {FeatureMap::kElu, FeatureMap::kRelu}) {
+    CompareBoth({.length = 200, .heads = 2, .block_q = 128, .feature_map = map});
+    CompareBoth({.length = 200, .heads = 2, .scope = LinearScope::kMarginal, .feature_map = map});
+  }
+}
+TEST_F(SlaKernels, LengthsScopesAndBlocks) {
+  for (const LinearScope scope :
+       {LinearScope::kAll, LinearScope::kMarginal, LinearScope::kNonCritical}) {
+    for (const std::int64_t length : {1, 63, 64, 65, 127, 129, 1000, 2176}) {
+      CompareBoth({.batch = 2, .length = length, .heads = 3, .scope = scope});
+      CompareBoth({.length = length, .heads = 2, .scope = scope, .block_q = 128});
+      CompareBoth({.length = length, .heads = 2, .scope = scope, .block_q = 128, .block_k = 128});
+      CompareBoth({.length = length, .scope = scope, .block_q = 192, .block_k = 192});
+      CompareBoth({.length = length, .scope = scope, .block_q = 256, .critical_of_8 = 1});
+    }
+  }
+}
+
+// The same inputs give the same bits: a result that moves is a race.
+TEST_F(SlaKernels, FusedRepeats) {
+  for (const LinearScope scope : {LinearScope::kAll, LinearScope::kMarginal}) {
+    for (const int block_q : {64, 128}) {
+      const Case c{.length = 5000, .heads = 4, .scope = scope, .block_q = block_q};
+      const Inputs in = RandomInputs(c);
+      const Tensor first = Run(c, in, DType::kBF16, SlaWay::kFused);
+      for (int i = 0; i < 10; ++i) {
+        const Tensor again = Run(c, in, DType::kBF16, SlaWay::kFused);
+        ASSERT_TRUE(std::equal(first.data<float>(), first.data<float>() + first.NumElements(),
+                               again.data<float>()))
+            << Name(c);
+      }
+    }
+  }
+}
+
+TEST(ChooseSlaWay, FusesWhereBothBranchesFit) {
+  EXPECT_EQ(ChooseSlaWay(AttentionKernel::kHopper, true, Feature::kSoftmax), SlaWay::kFused);
+  EXPECT_EQ(ChooseSlaWay(AttentionKernel::kTensorCore, true, Feature::kSoftmax), SlaWay::kSeparate);
+  EXPECT_EQ(ChooseSlaWay(AttentionKernel::kHopper, false, Feature::kSoftmax), SlaWay::kSeparate);
+  EXPECT_EQ(ChooseSlaWay(AttentionKernel::kHopper, true, Feature::kRotatedRelu), SlaWay::kSeparate);
+}
+
+}  // namespace
+}  // namespace slalom::cuda
