@@ -48,11 +48,16 @@ void JobQueue::Admit(QueuedJob* job, const std::string& tenant, double weight) {
   if (tenant_lanes_.size() < tenants) tenant_lanes_.resize(tenants);
   job->left = job->device_seconds;
   if (!order_.classes) job->view.priority = Priority::kNormal;
-  job->base_rank =
-      Policy::BaseRank(job->view.arrival, job->left, weight, job->view.deadline, order_);
-  job->by_deadline =
-      job->base_rank < Policy::BaseRank(job->view.arrival, job->left, weight, std::nullopt, order_);
+  SetBaseRank(job);
   job->view.rank = RankOf(*job);
+}
+
+void JobQueue::SetBaseRank(QueuedJob* job) const {
+  const JobView& view = job->view;
+  const double by_size =
+      Policy::BaseRank(view.arrival, job->left, job->weight, std::nullopt, order_);
+  job->base_rank = Policy::BaseRank(view.arrival, job->left, job->weight, view.deadline, order_);
+  job->by_deadline = job->base_rank < by_size;
 }
 
 void JobQueue::Push(QueuedJob* job) {
@@ -87,6 +92,22 @@ void JobQueue::Progress(QueuedJob* job, double fraction_left) {
   if (!job->by_deadline) job->base_rank -= order_.stretch * done / job->weight;
   job->charged += done;
   Charge(job->tenant, done);
+}
+
+void JobQueue::Resize(QueuedJob* job, double device_seconds) {
+  const double part = job->device_seconds > 0 ? job->left / job->device_seconds : 1.0;
+  const double before = std::exchange(job->left, part * device_seconds);
+  job->device_seconds = device_seconds;
+  if (job->view.begun()) {
+    if (!job->by_deadline) {
+      job->base_rank += order_.stretch * (job->left - before) / job->weight;
+    }
+    return;
+  }
+  const bool queued = job->lane != nullptr;
+  if (queued) RemoveFromLane(job);
+  SetBaseRank(job);
+  if (queued) PushIntoLane(job);
 }
 
 void JobQueue::Settle(QueuedJob* job, double device_seconds) {

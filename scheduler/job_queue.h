@@ -75,6 +75,8 @@ class JobQueue {
   void Begin(QueuedJob* job);
   // Of a begun job, that part is left; it never grows.
   void Progress(QueuedJob* job, double fraction_left);
+  // All of it is predicted anew: a job that came while nothing was known does not wait for that.
+  void Resize(QueuedJob* job, double device_seconds);
   // It is over, or back from a lost device: what it has really used counts, and all of it is left.
   void Settle(QueuedJob* job, double device_seconds);
   // Its tenant has one job less.
@@ -111,6 +113,7 @@ class JobQueue {
   };
 
   double Usage(int tenant) const;
+  void SetBaseRank(QueuedJob* job) const;
   void Link(JobLane* lane);
   void Unlink(JobLane* lane);
   void Move(JobLane* lane);  // after its rank may have changed

@@ -307,6 +307,7 @@ void JobTable::End(const JobPtr& job, const std::optional<Error>& error) {
     }
     if (!error) {
       job->state = JobState::kSucceeded;
+      ++observed_;
       costs_.ObserveDecode(KindOf(*job, job->owner), job->prior, job->decode_seconds);
     } else {
       job->state =
@@ -386,11 +387,13 @@ void JobTable::AddBusy(int worker, double seconds) {
 
 void JobTable::ObserveBegin(const Job& job, double seconds) {
   const std::lock_guard lock(mutex_);
+  ++observed_;
   costs_.ObserveBegin(KindOf(job, job.owner), job.prior, seconds);
 }
 
 void JobTable::ObserveStep(const Job& job, int batch, double seconds) {
   const std::lock_guard lock(mutex_);
+  ++observed_;
   costs_.ObserveStep(KindOf(job, job.owner), job.prior, batch, seconds);
 }
 

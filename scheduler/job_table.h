@@ -182,6 +182,8 @@ class JobTable {
   bool AddCandidates(int worker, SchedulerClock::time_point now, std::vector<JobPtr>* jobs,
                      std::vector<JobView>* views);
   bool PlacedHere(const Job& job, int worker, std::vector<double>* handed_on) const;
+  // Predicts anew what is live, now and then: what came early was predicted badly.
+  void Reestimate(SchedulerClock::time_point now);
   void Take(int worker, const Action& action, const std::vector<JobPtr>& shown, Turn* turn);
 
   void RefreshRank(Job& job) const;
@@ -202,6 +204,9 @@ class JobTable {
   std::vector<WorkerRecord> workers_;
   std::vector<std::string> models_;  // a pool is one model's devices, by its index here
   CostModel costs_;
+  std::uint64_t observed_ = 0;  // measurements
+  std::uint64_t reestimate_after_ = 1;
+  SchedulerClock::time_point reestimate_at_;
   JobQueue queue_;
   std::map<std::uint64_t, JobPtr> live_;         // by sequence
   std::unordered_map<std::string, Job*> by_id_;  // those that are not over

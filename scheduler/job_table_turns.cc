@@ -1,6 +1,7 @@
 // JobTable: what workers and the sweeper do next.
 #include <algorithm>
 #include <bit>
+#include <cmath>
 
 #include "scheduler/job_table.h"
 #include "scheduler/job_text.h"
@@ -13,6 +14,12 @@ using Clock = SchedulerClock;
 // A job that was left to another device is looked at again so soon: that one may have got other
 // work meanwhile.
 constexpr auto kPlaceAgain = std::chrono::milliseconds(100);
+
+// How often predictions are renewed: at most a thousandth of the time goes into it.
+constexpr auto kReestimateEvery = std::chrono::milliseconds(250);
+constexpr auto kReestimatePerJob = std::chrono::microseconds(500);
+// A prediction that moves by less is left alone: equals shall not trade places over noise.
+constexpr double kMoved = 0.2;
 
 Clock::duration FromSeconds(double seconds) {
   return std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(seconds));
@@ -140,6 +147,7 @@ JobTable::Turn JobTable::NextTurn(int worker, std::uint64_t epoch) {
   if (stop_) return turn;
 
   const auto now = Clock::now();
+  Reestimate(now);
   auto look_again = Clock::time_point::max();
   std::vector<JobPtr> jobs = workers_[static_cast<std::size_t>(worker)].begun;
   std::vector<JobView> views;
@@ -164,6 +172,24 @@ JobTable::Turn JobTable::NextTurn(int worker, std::uint64_t epoch) {
     }
   }
   return turn;
+}
+
+void JobTable::Reestimate(Clock::time_point now) {
+  // The first measurements say most: after one, two, four, eight, and so on; then by the clock.
+  if (observed_ < reestimate_after_ && (now < reestimate_at_ || observed_ == 0)) return;
+  if (observed_ >= reestimate_after_) reestimate_after_ = 2 * observed_;
+  reestimate_at_ =
+      now + std::max<Clock::duration>(kReestimateEvery, live_.size() * kReestimatePerJob);
+  for (const auto& [sequence, job] : live_) {
+    if (IsFinal(job->state) || DevicesOf(job->pool) == 0) continue;
+    JobView whole;
+    whole.steps_left = job->request.spec.steps;
+    whole.cost = job->owner >= 0 ? CostOn(*job, job->owner) : LeastCost(*job);
+    const double seconds = Policy::RemainingSeconds(whole);
+    if (std::abs(seconds - job->device_seconds) <= kMoved * job->device_seconds) continue;
+    queue_.Resize(job.get(), seconds);
+    if (job->owner == Job::kNoWorker) job->view.cost = whole.cost;
+  }
 }
 
 // Turns the policy's answer into the worker's: of the jobs that it was shown, those it shall run.

@@ -89,6 +89,22 @@ TEST_F(DevicesTest, WhatWasLearnedSurvivesARestart) {
   ASSERT_TRUE(b->WaitDone());
 }
 
+TEST_F(DevicesTest, WhoCameBeforeAnythingWasKnownIsNotHeldBackByIt) {
+  fake_.cost.step_work = 100;
+  fake_.cost.step_seconds = 1000;  // quite wrong
+  journal().HoldAt("decode a", 3);
+  Start();
+  const auto a = Submit("a");
+  const auto early = Submit("early");
+  ASSERT_TRUE(journal().WaitFor("decode a", 3));
+  // It was taken for 4000 s of work; the turns since then have seen steps.
+  EXPECT_GT(early->accepted().eta_seconds, 4000);
+  EXPECT_LT(scheduler_->Find("early")->eta_seconds, 400);
+  journal().Release();
+  ASSERT_TRUE(a->WaitDone());
+  ASSERT_TRUE(early->WaitDone());
+}
+
 TEST_F(DevicesTest, StatsTellErrorsAndCancels) {
   fake_.step_time = milliseconds(2);
   fake_.cost.step_seconds = 1;

@@ -128,6 +128,20 @@ TEST_F(JobQueueTest, WhoUsedLessGoesFirst) {
   EXPECT_EQ(First(), a2);
 }
 
+TEST_F(JobQueueTest, WhatIsPredictedAnewGetsItsNewPlace) {
+  QueuedJob* early = Push("a", {.at = 0, .size = 100});
+  QueuedJob* late = Push("a", {.at = 10, .size = 1});
+  EXPECT_EQ(First(), late);
+  queue_->Resize(early, 1);
+  EXPECT_EQ(First(), early);
+  queue_->Begin(early);
+  early->view.phase = JobView::Phase::kStepping;
+  queue_->Progress(early, 0.5);
+  const double rank = queue_->RankOf(*early);
+  queue_->Resize(early, 3);  // half of it is left
+  EXPECT_NEAR(queue_->RankOf(*early) - rank, 60, 1e-6);
+}
+
 TEST_F(JobQueueTest, NobodySavesUpAndNobodyOwesForIdleTimes) {
   for (int i = 0; i < 10; ++i) Run(Push("a", {.at = 1.0 * i, .size = 100}));
   // a used 1000 s while nobody else was there. The last job is all that counts against it: it was

@@ -33,6 +33,19 @@ class SchedulerFixture : public testing::Test {
     scheduler_ = std::make_unique<Scheduler>(std::move(pipelines), options_);
   }
 
+  // Before Start: the scheduler knows, too well for any stall of this machine to change it, that to
+  // begin costs little and a step much, so that queued jobs begin early to share one.
+  void KnowThatSharingPays() {
+    CostModel known;
+    const int kind = known.Kind(fake_.description, fake_.name, AttentionKind::kDense);
+    for (int i = 0; i < 100; ++i) {
+      known.ObserveBegin(kind, fake_.cost, 1e-4);
+      known.ObserveStep(kind, fake_.cost, 1, 1.0);
+      known.ObserveStep(kind, fake_.cost, 2, 1.2);
+    }
+    options_.cost_state = known.Save();
+  }
+
   JobRequest Request(const std::string& prompt, std::shared_ptr<JobSink> sink) {
     ClipRequest clip;
     clip.prompt = prompt;

@@ -62,7 +62,7 @@ TEST_F(SchedulerTest, SparsityComesFromTheGeneration) {
 
 TEST_F(SchedulerTest, ResultSaysWhereTheTimeWent) {
   fake_.begin_time = milliseconds(5);
-  fake_.step_time = milliseconds(100);
+  fake_.step_time = milliseconds(10);
   fake_.decode_time = milliseconds(5);
   Start();
   const auto sink = Submit("a");
@@ -115,7 +115,7 @@ TEST_F(SchedulerTest, HigherPriorityPassesBetweenSteps) {
 
 TEST_F(SchedulerTest, JobsShareBatches) {
   fake_.max_batch = 4;
-  fake_.step_time = milliseconds(100);  // so that beginning early is worth it, on any machine
+  KnowThatSharingPays();
   options_.limits.max_batch = 3;
   std::vector<int> sizes;
   options_.on_step = [&](const StepObservation& step) { sizes.push_back(step.batch_size); };
@@ -214,7 +214,7 @@ TEST_F(SchedulerTest, CancelWhileDecoding) {
 
 TEST_F(SchedulerTest, CancelLeavesBatchMatesUntouched) {
   fake_.max_batch = 2;
-  fake_.step_time = milliseconds(100);
+  KnowThatSharingPays();
   options_.limits.max_batch = 2;
   journal().HoldAt("step a", 1);
   Start();
