@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "kernels/core/error.h"
+#include "kernels/cuda/attention/block_map.h"
 #include "kernels/cuda/attention/linear_branch.h"
 #include "kernels/cuda/attention/problem.h"
 #include "kernels/cuda/attention/sla.h"
@@ -170,6 +171,9 @@ void BenchSparse(Bench& bench, int block_q, double topk, LinearScope scope, bool
   map_args.options.topk = topk;
   Backend& backend = bench.backend();
   bench.Bytes(name + ": map", 2.0 * q.NumBytes(), [&] { backend.MakeBlockMap(map_args); });
+  bench.Bytes(name + ": map by the library", 2.0 * q.NumBytes(), [&] {
+    cuda::MakeBlockMap(bench.backend().context(), map_args, cuda::RankWay::kLibrary);
+  });
   const BlockMap map = backend.MakeBlockMap(map_args);
   SlaArgs args{.q = q, .k = k, .v = v, .map = &map, .scope = scope};
   if (linear) {

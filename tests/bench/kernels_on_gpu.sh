@@ -71,11 +71,11 @@ trap finish EXIT
 if [ "$mode" = sanitize ]; then
   for tool in memcheck racecheck; do
     sanitize $tool kernels_cuda_hopper_test '*'
-    sanitize $tool kernels_cuda_attention_test 'HopperAttentionSteps*:*TensorCoreWithBias:LinearBranchKernels*:SlaKernels.*Tile*:SlaKernels.*Critical*'
+    sanitize $tool kernels_cuda_attention_test 'HopperAttentionSteps*:*TensorCoreWithBias:LinearBranchKernels*:SlaKernels.*Tile*:SlaKernels.*Critical*:BlockMaps*'
     sanitize $tool kernels_cuda_conv_test '*HopperSteps'
     sanitize $tool kernels_cuda_test '*Rows*:*Frames*:*Map*:*Sla*:*Salad*'
   done
-  sanitize initcheck kernels_cuda_attention_test 'LinearBranchKernels*:SlaKernels.*Tile*:SlaKernels.*Critical*'
+  sanitize initcheck kernels_cuda_attention_test 'LinearBranchKernels*:SlaKernels.*Tile*:SlaKernels.*Critical*:BlockMaps*'
   sanitize initcheck kernels_cuda_test '*Rows*:*Map*:*Sla*'
   exit 0
 fi
@@ -140,6 +140,7 @@ rung conv-hopper-steps $conv '*HopperSteps' 15
 rung conv-hopper       $conv 'ConvKernels.Hopper' 40
 rung conv-operation    $operations '*FramesTest.Conv*' 40
 rung dense             $operations '*AttentionTest.Dense*' 60
+rung maps-one-kernel   $attention 'BlockMaps.*' 30
 rung maps              $operations '*AttentionTest.Map*:*Window*:*Count*:*MassKept*' 40
 for step in OneTile Features ManyChunksOfKeys RingWrapsAround Scopes; do
   rung "linear-$step" $attention "LinearBranchKernels.$step" 20

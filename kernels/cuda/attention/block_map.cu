@@ -1,6 +1,8 @@
 // Block maps: pooled scores or windows, classes, lists of critical blocks, and what is counted.
 #include <algorithm>
 
+#include "kernels/cuda/attention/block_map.h"
+#include "kernels/cuda/attention/ranking.cuh"
 #include "kernels/cuda/check.h"
 #include "kernels/cuda/gemm.h"
 #include "kernels/cuda/ops.h"
@@ -11,9 +13,6 @@ namespace slalom::cuda {
 namespace {
 
 constexpr int kWarps = 4;
-constexpr auto kCriticalByte = static_cast<std::uint8_t>(BlockClass::kCritical);
-constexpr auto kMarginalByte = static_cast<std::uint8_t>(BlockClass::kMarginal);
-constexpr auto kNegligibleByte = static_cast<std::uint8_t>(BlockClass::kNegligible);
 
 std::int64_t Blocks(std::int64_t length, std::int64_t block) {
   return (length + block - 1) / block;
@@ -57,79 +56,6 @@ __global__ void __launch_bounds__(kPoolThreads)
       total / static_cast<float>(end - first);
 }
 
-// An unsigned number that orders as the scores do; NaN counts as -infinity, -0 as 0.
-__device__ inline std::uint32_t SortKey(float score) {
-  const float value = isnan(score) ? -INFINITY : score + 0.0f;
-  const std::uint32_t bits = __float_as_uint(value);
-  return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
-}
-
-// The scores of one row as sort keys, spread over a warp: lane l has those of j = 32 i + l. They
-// stay in registers when there are at most 32 * kPerLane; with kPerLane 0 there may be any number.
-template <int kPerLane>
-struct RowKeys {
-  const float* scores;
-  int count;
-  std::uint32_t keys[kPerLane > 0 ? kPerLane : 1];
-
-  __device__ RowKeys(const float* row, int n) : scores(row), count(n) {
-#pragma unroll
-    for (int i = 0; i < kPerLane; ++i) keys[i] = Read(i);
-  }
-  __device__ int rounds() const { return kPerLane > 0 ? kPerLane : (count + 31) / 32; }
-  // 0, which is below every score's key, for those beyond the end.
-  __device__ std::uint32_t Key(int i) const {
-    if constexpr (kPerLane > 0) {
-      return keys[i];
-    } else {
-      return Read(i);
-    }
-  }
-
- private:
-  __device__ std::uint32_t Read(int i) const {
-    const int j = i * 32 + static_cast<int>(threadIdx.x % 32);
-    return j < count ? SortKey(scores[j]) : 0u;
-  }
-};
-
-// The first `wanted` of a row in the order (score descending, index ascending): those whose key is
-// above `key`, and the first `ties` of those that have it.
-struct Selection {
-  int wanted;
-  std::uint32_t key = 0;
-  int ties = 0;
-};
-
-// How many keys of the row are at least a, and at least b, which are not 0.
-template <int kPerLane>
-__device__ inline int2 CountAtLeast(const RowKeys<kPerLane>& row, std::uint32_t a,
-                                    std::uint32_t b) {
-  int above_a = 0, above_b = 0;
-#pragma unroll
-  for (int i = 0; i < row.rounds(); ++i) {
-    above_a += row.Key(i) >= a;
-    above_b += row.Key(i) >= b;
-  }
-  return make_int2(__reduce_add_sync(kFullWarp, above_a), __reduce_add_sync(kFullWarp, above_b));
-}
-
-template <int kPerLane>
-__device__ inline void Select(const RowKeys<kPerLane>& row, Selection& first, Selection& second) {
-  // The largest key that at least `wanted` scores reach, bit by bit.
-#pragma unroll 1
-  for (int bit = 31; bit >= 0; --bit) {
-    const std::uint32_t a = first.key | 1u << bit, b = second.key | 1u << bit;
-    const int2 reached = CountAtLeast(row, a, b);
-    if (reached.x >= first.wanted) first.key = a;
-    if (reached.y >= second.wanted) second.key = b;
-  }
-  // No score's key is the largest number: key + 1 does not wrap.
-  const int2 above = CountAtLeast(row, first.key + 1, second.key + 1);
-  first.ties = first.wanted - above.x;
-  second.ties = second.wanted - above.y;
-}
-
 // One warp per row of scores: classes, and the list of the critical ones.
 template <int kPerLane>
 __global__ void __launch_bounds__(kWarps * 32)
@@ -137,37 +63,9 @@ __global__ void __launch_bounds__(kWarps * 32)
                    std::uint8_t* classes, std::int32_t* lists, std::int32_t* counts) {
   const std::int64_t index = static_cast<std::int64_t>(blockIdx.x) * kWarps + threadIdx.x / 32;
   if (index >= rows) return;
-  const int lane = threadIdx.x % 32;
-  const unsigned before = (1u << lane) - 1;
-  classes += index * count;
-  lists += index * critical;
-  const RowKeys<kPerLane> row(scores + index * count, count);
-  Selection best{critical}, kept{count - negligible};
-  Select(row, best, kept);
-  int best_ties = 0, kept_ties = 0, listed = 0;
-#pragma unroll
-  for (int i = 0; i < row.rounds(); ++i) {
-    const int j = i * 32 + lane;
-    const std::uint32_t key = row.Key(i);
-    const unsigned best_equal = __ballot_sync(kFullWarp, j < count && key == best.key);
-    const unsigned kept_equal = __ballot_sync(kFullWarp, j < count && key == kept.key);
-    const auto within = [&](const Selection& selection, unsigned equal, int ties) {
-      return key > selection.key ||
-             (key == selection.key && ties + __popc(equal & before) < selection.ties);
-    };
-    const bool is_best = j < count && within(best, best_equal, best_ties);
-    const unsigned best_mask = __ballot_sync(kFullWarp, is_best);
-    if (j < count) {
-      classes[j] = is_best                               ? kCriticalByte
-                   : within(kept, kept_equal, kept_ties) ? kMarginalByte
-                                                         : kNegligibleByte;
-    }
-    if (is_best) lists[listed + __popc(best_mask & before)] = j;
-    best_ties += __popc(best_equal);
-    kept_ties += __popc(kept_equal);
-    listed += __popc(best_mask);
-  }
-  if (lane == 0) counts[index] = critical;
+  ClassifyRow<kPerLane>(scores + index * count, count, critical, negligible,
+                        classes + index * count, lists + index * critical);
+  if (threadIdx.x % 32 == 0) counts[index] = critical;
 }
 
 __global__ void __launch_bounds__(256)
@@ -379,11 +277,9 @@ Tensor Pool(const Context& context, const Tensor& x, int block) {
 }
 
 // [B, H, Nq, Nk] f32: scores of pooled queries and keys.
-Tensor PooledScores(const Context& context, const BlockMapArgs& args) {
-  const std::int64_t batch = args.q.dim(0), heads = args.q.dim(2), head_size = args.q.dim(3);
-  const Tensor q = Pool(context, args.q, args.options.block_q);
-  const Tensor k = Pool(context, args.k, args.options.block_k);
-  const std::int64_t nq = q.dim(1), nk = k.dim(1), width = heads * head_size;
+Tensor PooledScores(const Context& context, const Tensor& q, const Tensor& k, std::int64_t heads) {
+  const std::int64_t batch = q.dim(0), nq = q.dim(1), nk = k.dim(1), width = q.dim(2);
+  const std::int64_t head_size = width / heads;
   const Tensor scores = context.Allocate({batch, heads, nq, nk}, DType::kF32);
   for (std::int64_t sample = 0; sample < batch; ++sample) {
     GemmArgs product;
@@ -443,6 +339,14 @@ void Classify(const Context& context, const Tensor& scores, std::int64_t negligi
 }  // namespace
 
 BlockMap MakeBlockMap(const Context& context, const BlockMapArgs& args) {
+  Require(args.q.defined() && args.q.shape().rank() == 4 && args.options.block_k > 0,
+          "MakeBlockMap: q is not [B, L, H, D], or a block is empty");
+  return MakeBlockMap(context, args,
+                      ChooseRankWay(args.q.dim(3), Blocks(args.q.dim(1), args.options.block_k),
+                                    context.compute_major));
+}
+
+BlockMap MakeBlockMap(const Context& context, const BlockMapArgs& args, RankWay way) {
   Require(args.q.defined() && args.q.shape().rank() == 4 && IsComputeType(args.q.dtype()) &&
               args.q.dim(1) > 0,
           "MakeBlockMap: q is not [B, L, H, D] of f32 or bf16 with L > 0");
@@ -472,7 +376,13 @@ BlockMap MakeBlockMap(const Context& context, const BlockMapArgs& args) {
     CheckLaunch("MakeBlockMap: windows");
     FillLists(context, map);
   } else {
-    Classify(context, PooledScores(context, args), negligible, map);
+    const Tensor q = Pool(context, args.q, options.block_q);
+    const Tensor k = Pool(context, args.k, options.block_k);
+    if (way == RankWay::kOwn) {
+      ScoreAndRank(context, q, k, heads, negligible, map);
+    } else {
+      Classify(context, PooledScores(context, q, k, heads), negligible, map);
+    }
   }
   return map;
 }
