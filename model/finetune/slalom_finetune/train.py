@@ -1,0 +1,253 @@
+"""Fine-tunes a dense transformer to SLA or SALAD attention, by flow matching or by matching its dense self.
+
+x_sigma = (1 - sigma) x0 + sigma eps, target eps - x0, t = 1000 sigma; sigma is a logit-normal draw, shifted as at
+sampling time.  Every draw of a step follows from (seed, step), so a run that was killed goes on from its checkpoint
+with the same bits: on a GPU as far as its kernels give the same bits twice (--deterministic).
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .adapter import add_lora, is_adapter_tensor, save_adapter, save_transformer
+from .data import Batch, LatentSet
+from .deadline import UNFINISHED, Deadline
+from .files import write_atomically
+from .library import describe
+from .options import AttentionOptions
+from .wan import Tokens, WanTransformer
+
+PACE_STEPS = 4  # steps that are timed, and not taken, to learn how many fit into --minutes
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that the weights depend on.  A checkpoint belongs to one plan."""
+
+    options: AttentionOptions
+    train: str = "lora"  # "proj": the new parameters; "lora": these and LoRA on q, k, v, o; "all": every weight
+    rank: int = 32
+    loss: str = "diffusion"  # or "teacher": the dense model's velocity
+    block_loss: float = 0.0  # teacher: weight of the mean relative error of the blocks' outputs
+    steps: int = 1000
+    batches: tuple[int, ...] = (16,)  # one per data file; files take turns
+    rate: float = 1e-3
+    base_rate: float = 1e-4  # of LoRA and base weights
+    warmup: int = 50
+    average: float = 0.999  # decay of the weights' moving average, which is what is written
+    shift: float = 3.0
+    drop_text: float = 0.1
+    seed: int = 1
+    low_precision: bool = False  # autocast to bfloat16
+
+    def rate_at(self, step: int) -> float:
+        """Factor on the rates: linear warm-up, then a cosine down to 2 %."""
+        return min(1.0, (step + 1) / max(self.warmup, 1)) * (
+            0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(step / self.steps, 1.0))))
+
+
+@dataclass
+class Places:
+    """Where a run reads and writes; none of it changes the weights."""
+
+    model: Path
+    data: list[Path]
+    work: Path  # checkpoint.pt, plan.json, log.jsonl
+    out: Path  # attention/*.safetensors
+    save_seconds: float = 60.0
+    log_every: int = 20
+    compile: bool = False
+    recompute: bool = False
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+
+class Student(nn.Module):
+    """The model in training, and the objective as one function that can be compiled."""
+
+    def __init__(self, model: WanTransformer, plan: Plan):
+        super().__init__()
+        self.plan = plan
+        teacher = copy.deepcopy(model) if plan.loss == "teacher" and plan.train == "all" else None
+        model.adapt(plan.options)
+        if plan.train == "lora":
+            add_lora(model, plan.rank, plan.seed)
+        self.model = model
+        # Where the base weights stay, the model itself without its adapter is the teacher.
+        self._teacher = [teacher or model]
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(plan.train == "all" or is_adapter_tensor(name))
+        for module in self._teacher if teacher else ():
+            module.tile = plan.options.tile
+            module.requires_grad_(False)
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+
+    def loss(self, x0: Tensor, noise: Tensor, sigma: Tensor, text: Tensor, mask: Tensor, tokens: Tokens) -> Tensor:
+        plan, mix = self.plan, sigma.view(-1, 1, 1, 1, 1)
+        x = (1 - mix) * x0 + mix * noise
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=plan.low_precision):
+            args = (x, 1000 * sigma, text, mask, tokens)
+            if plan.loss == "diffusion":
+                return F.mse_loss(self.model(*args).float(), noise - x0)
+            with torch.no_grad():
+                wanted, wanted_blocks = self._teacher[0](*args, adapted=False, keep_blocks=True)
+            got, got_blocks = self.model(*args, keep_blocks=True)
+            total = F.mse_loss(got, wanted)
+            if plan.block_loss:
+                errors = [F.mse_loss(a, b) / b.square().mean() for a, b in zip(got_blocks, wanted_blocks)]
+                total = total + plan.block_loss * torch.stack(errors).mean()
+            return total
+
+
+def optimizer_of(student: Student) -> torch.optim.AdamW:
+    """New parameters at the plan's rate, LoRA and base weights at its base rate; no decay."""
+    new, base = [], []
+    for name, parameter in student.trainable().items():
+        (base if ".lora_" in name or not is_adapter_tensor(name) else new).append(parameter)
+    groups = [{"params": group, "lr": rate, "peak": rate}
+              for group, rate in ((new, student.plan.rate), (base, student.plan.base_rate)) if group]
+    return torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0.0)
+
+
+class Trainer:
+    def __init__(self, plan: Plan, places: Places):
+        self.plan, self.places, self.device = plan, places, places.device
+        self.sets = [self._place(LatentSet.load(path)) for path in places.data]
+        model = WanTransformer.load(places.model / "transformer").to(self.device)
+        model.recompute = places.recompute
+        self.student = Student(model, plan)
+        self.optimizer = optimizer_of(self.student)
+        self.average = {name: p.detach().clone() for name, p in self.student.trainable().items()}
+        self.tokens = [model.tokens(data.latents[:1].to(self.device)) for data in self.sets]
+        self.objective = torch.compile(self.student.loss, dynamic=False) if places.compile else self.student.loss
+        self.step, self.spent, self.saved = 0, 0.0, time.time()
+        self.losses: list[Tensor] = []
+
+    def _place(self, data: LatentSet) -> LatentSet:
+        """On a GPU whole, when it is small."""
+        return data.to(self.device) if data.latents.nbytes < 8 << 30 else data
+
+    # --- one step ---
+
+    def compute(self, step: int) -> Tensor:
+        plan, which = self.plan, step % len(self.sets)
+        data = self.sets[which].batch(step // len(self.sets), plan.batches[which], plan.seed, plan.drop_text)
+        batch = Batch(*(t.to(self.device, non_blocking=True) for t in (data.latents, data.text, data.mask)))
+        draws = torch.Generator(self.device).manual_seed(plan.seed * 1_000_003 + step)
+        u = torch.sigmoid(torch.randn(len(batch.latents), generator=draws, device=self.device))
+        sigma = plan.shift * u / (1 + (plan.shift - 1) * u)
+        noise = torch.randn(batch.latents.shape, generator=draws, device=self.device)
+        loss = self.objective(batch.latents, noise, sigma, batch.text.float(), batch.mask, self.tokens[which])
+        loss.backward()
+        return loss.detach()
+
+    def take_step(self) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["peak"] * self.plan.rate_at(self.step)
+        self.losses.append(self.compute(self.step))
+        trainable = self.student.trainable()
+        nn.utils.clip_grad_norm_(list(trainable.values()), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        decay = min(self.plan.average, (1 + self.step) / (10 + self.step))
+        torch._foreach_lerp_(list(self.average.values()), [p.detach() for p in trainable.values()], 1 - decay)
+
+    def pace(self) -> float:
+        """Seconds per step, measured on steps that change nothing."""
+        for attempt in range(2):  # the first time compiles
+            self._wait()
+            begin = time.time()
+            for step in range(PACE_STEPS * len(self.sets)):
+                self.compute(step)
+            self._wait()
+        self.optimizer.zero_grad(set_to_none=True)
+        return (time.time() - begin) / (PACE_STEPS * len(self.sets))
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    # --- files ---
+
+    def write_log(self) -> None:
+        """One line per step; a resumed run rewrites what came after its checkpoint."""
+        values = torch.stack(self.losses).tolist() if self.losses else []
+        first = self.step - len(values)
+        with (self.places.work / "log.jsonl").open("a") as log:
+            for i, value in enumerate(values):
+                log.write(json.dumps({"step": first + i + 1, "loss": value}) + "\n")
+        self.losses.clear()
+        if not all(math.isfinite(value) for value in values):
+            raise FloatingPointError(f"the loss is not finite before step {self.step}")
+
+    def save(self) -> None:
+        self.write_log()
+        state = {"step": self.step, "seconds": self.spent, "plan": json.dumps(asdict(self.plan)),
+                 "weights": {name: p.detach() for name, p in self.student.trainable().items()},
+                 "average": self.average, "optimizer": self.optimizer.state_dict()}
+        write_atomically(self.places.work / "checkpoint.pt", lambda part: torch.save(state, part))
+        self.saved = time.time()
+
+    def resume(self) -> None:
+        path, log = self.places.work / "checkpoint.pt", self.places.work / "log.jsonl"
+        if path.exists():
+            state = torch.load(path, map_location=self.device, weights_only=True)
+            if json.loads(state["plan"]) != json.loads(json.dumps(asdict(self.plan))):
+                raise ValueError(f"{path} belongs to another plan: {state['plan']}")
+            trainable = self.student.trainable()
+            with torch.no_grad():
+                for name, value in state["weights"].items():
+                    trainable[name].copy_(value)
+                    self.average[name].copy_(state["average"][name])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.step, self.spent = state["step"], state["seconds"]
+        lines = log.read_text().splitlines(keepends=True) if log.exists() else []
+        kept = [line for line in lines[:self.step] if line.endswith("\n")]
+        write_atomically(log, lambda part: part.write_text("".join(kept)) and None)
+
+    def export(self) -> list[Path]:
+        state = self.student.model.state_dict() | self.average
+        notes = {"slalom.finetune": json.dumps({**asdict(self.plan), "steps_done": self.step,
+                                                "minutes": round(self.spent / 60, 2)})}
+        written = [save_adapter(state, self.plan.options, self.places.out, notes)]
+        if self.plan.train == "all":
+            written.append(save_transformer(state, self.places.model / "transformer", self.places.out))
+        return written
+
+    def run(self, deadline: Deadline) -> int:
+        self.places.work.mkdir(parents=True, exist_ok=True)
+        self.resume()
+        trained = sum(p.numel() for p in self.average.values())
+        print(f"{self.plan.options.kind}: from step {self.step} of {self.plan.steps}, {trained / 1e6:.2f} M parameters, "
+              f"{sum(len(s.latents) for s in self.sets)} clips, {describe(self.device)}", flush=True)
+        recent: list[float] = []
+        begin = time.time()
+        while self.step < self.plan.steps and not deadline.over():
+            self.take_step()
+            if self.step % self.places.log_every == 0:
+                recent += torch.stack(self.losses).tolist()
+                self.write_log()
+            if self.step % (10 * self.places.log_every) == 0:
+                print(f"step {self.step} loss {sum(recent) / max(len(recent), 1):.5f} "
+                      f"{self.spent + time.time() - begin:.0f} s", flush=True)
+                recent.clear()
+            if time.time() - self.saved >= self.places.save_seconds:
+                self._wait()
+                self.spent, begin = self.spent + time.time() - begin, time.time()
+                self.save()
+        self._wait()
+        self.spent += time.time() - begin
+        self.save()
+        print(f"{self.step} steps in {self.spent:.0f} s; wrote {', '.join(map(str, self.export()))}", flush=True)
+        return 0 if self.step >= self.plan.steps else UNFINISHED
