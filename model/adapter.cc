@@ -28,6 +28,17 @@ BlockMapOptions DefaultMap(AttentionKind kind) {
   return map;
 }
 
+TokenTile ParseTile(const ConfigReader& reader, BlockMapKind map) {
+  constexpr int kMostPerAxis = 64;
+  const std::vector<int> sizes = reader.Ints("tile", {1, 1, 1}, 1, kMostPerAxis);
+  if (sizes.size() != 3) reader.Fail("tile", "is not [frames, rows, columns]");
+  const TokenTile tile = {.frames = sizes[0], .rows = sizes[1], .columns = sizes[2]};
+  if (!tile.raster() && map == BlockMapKind::kWindow) {
+    reader.Fail("tile", "does not go with windows, which are laid over the raster order");
+  }
+  return tile;
+}
+
 // The adapter's description: everything but tensors.
 AttentionAdapter ParseDescription(const Weights& weights, const TransformerConfig& config) {
   const auto text = weights.metadata().find(kMetadataKey);
@@ -39,7 +50,7 @@ AttentionAdapter ParseDescription(const Weights& weights, const TransformerConfi
   const nlohmann::json object = ParseJson(text->second, source);
   const ConfigReader reader(object, source);
   reader.RequireKnown({"kind", "topk", "negligible", "scope", "feature_map", "block_q", "block_k",
-                       "map", "gate", "dropped_layers"});
+                       "map", "gate", "dropped_layers", "tile"});
   if (reader.Find({"kind"}) == nullptr) reader.Fail("kind", "is missing");
 
   AttentionAdapter adapter;
@@ -68,6 +79,7 @@ AttentionAdapter ParseDescription(const Weights& weights, const TransformerConfi
       {{"softmax", FeatureMap::kSoftmax}, {"elu", FeatureMap::kElu}, {"relu", FeatureMap::kRelu}});
   adapter.gate = reader.Choice("gate", SaladGate::kToken,
                                {{"token", SaladGate::kToken}, {"sample", SaladGate::kSample}});
+  adapter.tile = ParseTile(reader, adapter.map.kind);
   const std::vector<int> dropped = reader.Ints("dropped_layers", {}, 0, config.num_layers - 1);
   const std::set<int> unique(dropped.begin(), dropped.end());
   adapter.dropped_layers.assign(unique.begin(), unique.end());

@@ -10,6 +10,7 @@
 #include "kernels/backend.h"
 #include "kernels/core/tensor.h"
 #include "model/config.h"
+#include "model/token_order.h"
 #include "model/weights.h"
 
 namespace slalom {
@@ -31,7 +32,8 @@ struct LoraPair {
 };
 
 // One safetensors file whose __metadata__ holds a JSON object under "slalom.attention" with the
-// keys kind, topk, negligible, scope, feature_map, block_q, block_k, map, gate, dropped_layers.
+// keys kind, topk, negligible, scope, feature_map, block_q, block_k, map, gate, dropped_layers,
+// tile ([frames, rows, columns]: the order of the tokens; raster when it is absent).
 // Tensor names (N a block):
 //   SLA    blocks.N.attn1.sla.proj_l.{weight,bias}, or as TurboDiffusion
 //          (blocks.N.self_attn.attn_op.local_attn.proj_l.*) and FastVideo
@@ -45,6 +47,7 @@ struct AttentionAdapter {
   LinearScope scope = LinearScope::kMarginal;
   FeatureMap feature_map = FeatureMap::kSoftmax;
   SaladGate gate = SaladGate::kToken;
+  TokenTile tile;
   std::vector<int> dropped_layers;       // ascending
   std::vector<AdapterLayer> layers;      // one per transformer block
   std::map<std::string, LoraPair> lora;  // by the Linear's name: "blocks.0.attn1.to_q"

@@ -39,10 +39,25 @@ struct Axis {
   }
 };
 
+void PutOrder(Backend& backend, const std::vector<std::int32_t>& order, RopeTables& tables) {
+  const auto length = static_cast<std::int64_t>(order.size());
+  Tensor raster = Tensor::Host({length}, DType::kI32);
+  Tensor place = Tensor::Host({length}, DType::kI32);
+  for (std::int64_t i = 0; i < length; ++i) {
+    const std::int32_t token = order[static_cast<std::size_t>(i)];
+    raster.data<std::int32_t>()[i] = token;
+    place.data<std::int32_t>()[token] = static_cast<std::int32_t>(i);
+  }
+  tables.order = backend.Allocate({length}, DType::kI32);
+  tables.place = backend.Allocate({length}, DType::kI32);
+  backend.Copy(raster, tables.order);
+  backend.Copy(place, tables.place);
+}
+
 }  // namespace
 
-RopeTables MakeRopeTables(Backend& backend, const TokenGrid& grid, int head_dim,
-                          int max_positions) {
+RopeTables MakeRopeTables(Backend& backend, const TokenGrid& grid, int head_dim, int max_positions,
+                          const TokenTile& tile) {
   if (std::max({grid.frames, grid.height, grid.width}) > max_positions) {
     throw Error(ErrorCode::kInvalidArgument,
                 "the clip has more than " + std::to_string(max_positions) +
@@ -59,19 +74,19 @@ RopeTables MakeRopeTables(Backend& backend, const TokenGrid& grid, int head_dim,
   Tensor sin = Tensor::Host(shape, DType::kF32);
   auto* c = cos.data<float>();
   auto* s = sin.data<float>();
-  for (std::int64_t t = 0; t < grid.frames; ++t) {
-    for (std::int64_t y = 0; y < grid.height; ++y) {
-      for (std::int64_t x = 0; x < grid.width; ++x) {
-        frames.CopyTo(t, c, s);
-        rows.CopyTo(y, c, s);
-        columns.CopyTo(x, c, s);
-      }
-    }
+  const std::vector<std::int32_t> order = TileOrder(grid, tile);
+  for (const std::int32_t token : order) {
+    frames.CopyTo(token / (grid.height * grid.width), c, s);
+    rows.CopyTo(token / grid.width % grid.height, c, s);
+    columns.CopyTo(token % grid.width, c, s);
   }
-  RopeTables tables = {grid, backend.Allocate(shape, DType::kF32),
-                       backend.Allocate(shape, DType::kF32)};
+  RopeTables tables = {.grid = grid,
+                       .tile = tile,
+                       .cos = backend.Allocate(shape, DType::kF32),
+                       .sin = backend.Allocate(shape, DType::kF32)};
   backend.Copy(cos, tables.cos);
   backend.Copy(sin, tables.sin);
+  if (!tile.raster()) PutOrder(backend, order, tables);
   return tables;
 }
 

@@ -50,6 +50,16 @@ std::vector<AttentionAdapter> Upload(Backend& backend, std::vector<AttentionAdap
   return adapters;
 }
 
+// Token i of every sample is token order[i] of `tokens` [B, L, C].
+Tensor Reordered(Backend& backend, const Tensor& tokens, const Tensor& order) {
+  Tensor out = backend.Allocate(tokens.shape(), tokens.dtype());
+  const Shape one = {tokens.dim(1), tokens.dim(2)};
+  for (std::int64_t b = 0; b < tokens.dim(0); ++b) {
+    backend.Embedding(order, tokens.Slice(b, b + 1).Reshape(one), out.Slice(b, b + 1).Reshape(one));
+  }
+  return out;
+}
+
 void RequireWanNorms(const TransformerConfig& config) {
   if (config.qk_norm && config.cross_attn_norm) return;
   throw Error(ErrorCode::kInvalidArgument,
@@ -116,7 +126,8 @@ AttentionSetting Transformer::Setting(AttentionKind kind, double topk) const {
                                 .map = adapter.map,
                                 .scope = adapter.scope,
                                 .feature_map = adapter.feature_map,
-                                .gate = adapter.gate};
+                                .gate = adapter.gate,
+                                .tile = adapter.tile};
     if (topk > 0) setting.map.topk = topk;
     return setting;
   }
@@ -168,6 +179,7 @@ void Transformer::Forward(Backend& backend, const Args& args) const {
   {
     Tensor patches = backend.Allocate({batch, length, config_.in_channels * kPatch}, dtype_);
     backend.Patchify({.latent = args.latent, .tokens = patches});
+    if (args.rope->order.defined()) patches = Reordered(backend, patches, args.rope->order);
     backend.Linear({.x = patches, .weight = patch_.weight, .bias = patch_.bias, .out = x});
   }
   const TimeEmbedding time = EmbedTime(backend, args.timesteps);
@@ -199,6 +211,7 @@ void Transformer::Forward(Backend& backend, const Args& args) const {
   x = Tensor();
   Tensor patches = backend.Allocate({batch, length, config_.out_channels * kPatch}, DType::kF32);
   backend.Linear({.x = normed, .weight = head_.weight, .bias = head_.bias, .out = patches});
+  if (args.rope->place.defined()) patches = Reordered(backend, patches, args.rope->place);
   backend.Unpatchify({.tokens = patches, .latent = args.velocity});
 }
 

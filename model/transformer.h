@@ -49,7 +49,7 @@ class Transformer {
     // what is derived from it.
     Tensor timesteps;                          // [G] f32
     std::span<const TextContext* const> text;  // [B]
-    const RopeTables* rope = nullptr;          // of the grid F, h, w
+    const RopeTables* rope = nullptr;          // of the grid F, h, w and of the setting's tile
     const AttentionSetting* attention = nullptr;
     Tensor velocity;  // out: [B, out_channels, F, 2h, 2w] f32
 

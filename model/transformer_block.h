@@ -24,6 +24,7 @@ struct AttentionSetting {
   LinearScope scope = LinearScope::kMarginal;
   FeatureMap feature_map = FeatureMap::kSoftmax;
   SaladGate gate = SaladGate::kToken;
+  TokenTile tile;  // RopeTables of a forward pass have to be made for it
 };
 
 struct LinearWeights {

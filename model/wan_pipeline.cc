@@ -245,13 +245,15 @@ std::shared_ptr<const TextContext> WanPipeline::EncodeText(const std::string& pr
   return context;
 }
 
-std::shared_ptr<const RopeTables> WanPipeline::Angles(const TokenGrid& grid) const {
+std::shared_ptr<const RopeTables> WanPipeline::Angles(const TokenGrid& grid,
+                                                      const TokenTile& tile) const {
   std::shared_ptr<const RopeTables> tables = cached_angles_.lock();
   if (tables == nullptr || tables->grid.frames != grid.frames ||
-      tables->grid.height != grid.height || tables->grid.width != grid.width) {
+      tables->grid.height != grid.height || tables->grid.width != grid.width ||
+      !(tables->tile == tile)) {
     const TransformerConfig& config = model_.config.transformer;
-    tables = std::make_shared<const RopeTables>(
-        MakeRopeTables(*model_.backend, grid, config.attention_head_dim, config.rope_max_seq_len));
+    tables = std::make_shared<const RopeTables>(MakeRopeTables(
+        *model_.backend, grid, config.attention_head_dim, config.rope_max_seq_len, tile));
     cached_angles_ = tables;
   }
   return tables;
@@ -280,7 +282,7 @@ std::unique_ptr<WanGeneration> WanPipeline::MakeClip(const ClipSpec& spec) const
 }
 
 void WanPipeline::PrepareDenoising(WanGeneration& clip) const {
-  clip.rope = Angles(clip.shape.grid);
+  clip.rope = Angles(clip.shape.grid, clip.attention.tile);
   clip.text = EncodeText(clip.clip.prompt, clip.stats);
   if (SamplesPerStep(clip.clip) == 1) return;
   const std::string& negative_prompt = clip.clip.negative_prompt;

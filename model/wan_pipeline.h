@@ -86,7 +86,7 @@ class WanPipeline : public Pipeline {
   Tensor Embed(const std::string& prompt, ClipStatistics& stats) const;  // [n, text_dim] T
   std::shared_ptr<const TextContext> EncodeText(const std::string& prompt,
                                                 ClipStatistics& stats) const;
-  std::shared_ptr<const RopeTables> Angles(const TokenGrid& grid) const;
+  std::shared_ptr<const RopeTables> Angles(const TokenGrid& grid, const TokenTile& tile) const;
   Tensor Noise(const WanGeneration& clip, std::uint64_t stream, float scale) const;
   // A clip's rows: its prompt's, then with guidance its negative prompt's.
   static void AppendSamples(const WanGeneration& clip, const Tensor& latent, float timestep,

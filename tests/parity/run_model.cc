@@ -111,9 +111,10 @@ TensorMap RunTransformer(Backend& backend, const NetworkOptions& options,
   std::vector<const TextContext*> pointers;
   for (const TextContext& context : contexts) pointers.push_back(&context);
 
-  const RopeTables rope = MakeRopeTables(backend, transformer.GridOf(latent),
-                                         config.attention_head_dim, config.rope_max_seq_len);
   const AttentionSetting attention = transformer.Setting(options.attention);
+  const RopeTables rope =
+      MakeRopeTables(backend, transformer.GridOf(latent), config.attention_head_dim,
+                     config.rope_max_seq_len, attention.tile);
   const Tensor velocity = backend.Allocate(
       {batch, config.out_channels, latent.dim(2), latent.dim(3), latent.dim(4)}, DType::kF32);
   transformer.Forward(backend, {.latent = Upload(backend, latent, DType::kF32),

@@ -127,6 +127,16 @@ TEST_F(AdapterTest, ReadsEverySetting) {
   EXPECT_FALSE(adapter.layers[2].proj_weight.defined());
 }
 
+TEST_F(AdapterTest, ReadsTheOrderOfTokens) {
+  EXPECT_TRUE(Load(SlaTensors(kOurs, {0, 1, 2}), R"({"kind": "sla"})").tile.raster());
+  const AttentionAdapter tiled =
+      Load(SlaTensors(kOurs, {0, 1, 2}), R"({"kind": "sla", "tile": [4, 2, 8]})");
+  EXPECT_EQ(tiled.tile, (TokenTile{.frames = 4, .rows = 2, .columns = 8}));
+  ExpectInvalid(R"({"kind": "sla", "tile": [4, 4]})", {"tile", "columns"});
+  ExpectInvalid(R"({"kind": "sla", "tile": [4, 4, 0]})", {"tile"});
+  ExpectInvalid(R"({"kind": "sla", "tile": [4, 4, 4], "map": "window"})", {"tile", "windows"});
+}
+
 TEST_F(AdapterTest, RefusesBadDescriptions) {
   ExpectInvalid("{}", {"kind", "missing"});
   ExpectInvalid(R"({"kind": "vsa"})", {"kind", "vsa", "sla, salad"});

@@ -83,6 +83,37 @@ TEST_P(TransformerTest, AgreesWithTheReference) {
   }
 }
 
+// Dense attention does not care in which order tokens stand; sparse attention sees other blocks.
+TEST_P(TransformerTest, TilesReorderWhatBlocksSeeAndNothingElse) {
+  const Transformer transformer(*backend_, Open(), config_,
+                                {UntrainedAdapter(AttentionKind::kSla, config_)}, DType::kF32);
+  const Tensor latent = Random({2, 16, 3, 8, 12}, 1);
+  const TextContext text = transformer.PrepareText(*backend_, Random({5, config_.text_dim}, 2));
+  const std::vector<const TextContext*> texts = {&text, &text};
+  const auto run = [&](const AttentionSetting& attention) {
+    const RopeTables rope = MakeRopeTables(*backend_, transformer.GridOf(latent),
+                                           config_.attention_head_dim, 1024, attention.tile);
+    Tensor velocity = Tensor::Host(latent.shape(), DType::kF32);
+    transformer.Forward(*backend_, {.latent = latent,
+                                    .timesteps = Tensor::FromFloats({2}, std::vector{700.f, 20.f}),
+                                    .text = texts,
+                                    .rope = &rope,
+                                    .attention = &attention,
+                                    .velocity = velocity});
+    return velocity;
+  };
+  const std::vector<double> dense = Doubles(run(transformer.Setting(AttentionKind::kDense)));
+  AttentionSetting attention = transformer.Setting(AttentionKind::kSla, 1.0);
+  attention.map.block_q = attention.map.block_k = 16;
+  attention.tile = {.frames = 2, .rows = 3, .columns = 4};
+  EXPECT_LT(RelativeError(run(attention).data<float>(), dense), 1e-5);
+
+  attention.map.topk = 0.3;
+  const std::vector<double> tiled = Doubles(run(attention));
+  attention.tile = {};
+  EXPECT_GT(RelativeError(run(attention).data<float>(), tiled), 1e-4);
+}
+
 TEST_P(TransformerTest, RefusesWhatDoesNotFit) {
   const Transformer transformer(*backend_, Open(), config_, {}, DType::kF32);
   ExpectError(ErrorCode::kFailedPrecondition, {"adapter"},
