@@ -38,9 +38,10 @@ TEST_P(StepMemoryOnCuda, IsPredicted) {
   const StepMemory memory = MeasureStepMemory(*backend, options, spec);
   EXPECT_NEAR(memory.waiting, memory.predicted_waiting, 0.05 * memory.predicted_waiting);
   EXPECT_LE(memory.peak, 1.05 * memory.predicted_peak);
-  // What sparse attention needs depends on its scope; the prediction takes the one with most.
-  EXPECT_GE(memory.peak,
-            (spec.attention == AttentionKind::kDense ? 0.95 : 0.6) * memory.predicted_peak);
+  // The predictions of sparse attention have the scope with most sums in them, and SALAD's its
+  // linear branch, which this adapter lacks: there the MLP takes most.
+  const double least = spec.attention == AttentionKind::kDense ? 0.95 : 0.5;
+  EXPECT_GE(memory.peak, least * memory.predicted_peak);
 }
 
 INSTANTIATE_TEST_SUITE_P(Kinds, StepMemoryOnCuda,
