@@ -67,6 +67,10 @@ struct QkNormRopeArgs {
   Tensor sin;  // [L, D / 2] f32
   bool relu_before_rotation = false;  // SALAD's linear branch
   Tensor out;                         // [B, L, H, D] T; may share memory with x
+  // [B, ceil(L / pool), H * D] f32, optional: the means of out's rows, `pool` at a time, as
+  // BlockMapArgs takes them.
+  Tensor means;
+  int pool = 0;
 };
 
 // out = softmax(scale * q k^T + relative bias) v, dense.
@@ -86,6 +90,9 @@ struct BlockMapArgs {
   Tensor k;        // [B, L, H, D] T
   TokenGrid grid;  // kWindow: the clip's token grid, grid.size() == L
   BlockMapOptions options;
+  // What q and k are pooled to, where that is known: [B, Nq, H * D] and [B, Nk, H * D] f32, optional.
+  Tensor q_means;
+  Tensor k_means;
 };
 
 // SLA: o = softmax over critical blocks + (linear attention over the scope) W^T + b.

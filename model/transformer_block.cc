@@ -27,9 +27,11 @@ BlockMap MapOfSample(const BlockMap& map, std::int64_t sample) {
 }  // namespace
 
 struct TransformerBlock::Heads {
-  Tensor q;         // [B, L, H, D] T, normalised and rotated
-  Tensor k;         // [B, L, H, D] T, normalised and rotated
-  Tensor v;         // [B, L, H, D] T
+  Tensor q;        // [B, L, H, D] T, normalised and rotated
+  Tensor k;        // [B, L, H, D] T, normalised and rotated
+  Tensor v;        // [B, L, H, D] T
+  Tensor q_means;  // [B, blocks, d] f32, of q's blocks; only for maps that score them
+  Tensor k_means;
   Tensor q_normed;  // [B, L, H, D] T, not rotated; only for SALAD's linear branch
   Tensor k_normed;  // [B, L, H, D] T
 };
@@ -189,24 +191,36 @@ Tensor TransformerBlock::Attend(Backend& backend, const BlockContext& context,
     backend.Linear({.x = u, .weight = linear.weight, .bias = linear.bias, .out = out});
     return out;
   };
-  // Returns the rotated heads; `normed` receives what they were before, when that is wanted.
-  const auto rotate = [&](const Tensor& x, const Tensor& norm, Tensor& normed) {
-    Tensor out = x.Reshape(split);
-    if (!keep_unrotated) {
-      backend.QkNormRope(
-          {.x = x, .weight = norm, .eps = eps_, .cos = rope.cos, .sin = rope.sin, .out = out});
-      return out;
+  const BlockMapOptions& map = context.attention->map;
+  const bool pooled = layer.kind != AttentionKind::kDense && map.kind == BlockMapKind::kTopK;
+  // Returns the rotated heads; `normed` receives what they were before, `means` those of blocks of
+  // `pool` tokens, each where it is wanted.
+  const auto rotate = [&](const Tensor& x, const Tensor& norm, int pool, Tensor& means,
+                          Tensor& normed) {
+    if (pooled) {
+      means = backend.Allocate({u.dim(0), (u.dim(1) + pool - 1) / pool, u.dim(2)}, DType::kF32);
     }
-    normed = out;
-    backend.QkNormRope({.x = x, .weight = norm, .eps = eps_, .out = normed});
-    out = backend.Allocate(split, dtype_);
-    backend.QkNormRope({.x = x, .cos = rope.cos, .sin = rope.sin, .out = out});
-    return out;
+    QkNormRopeArgs args = {.x = x,
+                           .cos = rope.cos,
+                           .sin = rope.sin,
+                           .out = x.Reshape(split),
+                           .means = means,
+                           .pool = pool};
+    if (keep_unrotated) {
+      normed = args.out;
+      backend.QkNormRope({.x = x, .weight = norm, .eps = eps_, .out = normed});
+      args.out = backend.Allocate(split, dtype_);
+    } else {
+      args.weight = norm;
+      args.eps = eps_;
+    }
+    backend.QkNormRope(args);
+    return args.out;
   };
 
   Heads heads;
-  heads.q = rotate(project(layer.q), self_norm_q_, heads.q_normed);
-  heads.k = rotate(project(layer.k), self_norm_k_, heads.k_normed);
+  heads.q = rotate(project(layer.q), self_norm_q_, map.block_q, heads.q_means, heads.q_normed);
+  heads.k = rotate(project(layer.k), self_norm_k_, map.block_k, heads.k_means, heads.k_normed);
   heads.v = project(layer.v).Reshape(split);
   Tensor out = backend.Allocate(split, dtype_);
   if (layer.kind == AttentionKind::kDense) {
@@ -225,8 +239,12 @@ void TransformerBlock::AttendSparsely(Backend& backend, const BlockContext& cont
                                       const SelfAttention& layer, const Tensor& u,
                                       const Heads& heads, const Tensor& out) const {
   const AttentionSetting& setting = *context.attention;
-  const BlockMap map = backend.MakeBlockMap(
-      {.q = heads.q, .k = heads.k, .grid = context.rope->grid, .options = setting.map});
+  const BlockMap map = backend.MakeBlockMap({.q = heads.q,
+                                             .k = heads.k,
+                                             .grid = context.rope->grid,
+                                             .options = setting.map,
+                                             .q_means = heads.q_means,
+                                             .k_means = heads.k_means});
   if (context.pair_counter.defined()) backend.CountPairs(map, context.pair_counter);
   if (context.mass_kept.defined()) {
     const std::int64_t sample = context.mass_sample;

@@ -121,6 +121,19 @@ void CheckMap(const Check& check, const BlockMap* map, std::int64_t batch, std::
            "map.critical");
 }
 
+void PoolBlocks(const simd::Kernels& kernels, const Parallel& parallel, const Tensor& x,
+                std::int64_t width, std::int64_t block, const Tensor& means) {
+  const std::int64_t length = x.dim(1);
+  const std::int64_t blocks = means.dim(1);
+  VisitCompute(x.dtype(), [&](auto tag) {
+    using T = decltype(tag);
+    parallel.Tasks(x.dim(0) * blocks, [&](std::int64_t i, int /*thread*/) {
+      PoolBlock(kernels, x.data<T>() + i / blocks * length * width, length, width, block,
+                i % blocks, means.data<float>() + i * width);
+    });
+  });
+}
+
 std::vector<std::int32_t> WindowOrder(const TokenGrid& grid) {
   std::vector<std::int32_t> order;
   order.reserve(static_cast<std::size_t>(grid.size()));
@@ -169,20 +182,18 @@ BlockMap CpuBackend::MakeBlockMap(const BlockMapArgs& args) {
   }
 
   const std::int64_t width = heads * head_size;
-  const Tensor pooled_q = Allocate(Shape{batch, nq, width}, DType::kF32);
-  const Tensor pooled_k = Allocate(Shape{batch, nk, width}, DType::kF32);
   const auto pool = [&](const Tensor& x, std::int64_t block, std::int64_t blocks,
-                        const Tensor& means) {
-    VisitCompute(x.dtype(), [&](auto tag) {
-      using T = decltype(tag);
-      parallel_.Tasks(batch * blocks, [&](std::int64_t i, int /*thread*/) {
-        PoolBlock(kernels_, x.data<T>() + i / blocks * length * width, length, width, block,
-                  i % blocks, means.data<float>() + i * width);
-      });
-    });
+                        const Tensor& known) {
+    if (known.defined()) {
+      check.Is(known, Shape{batch, blocks, width}, DType::kF32, "means");
+      return known;
+    }
+    Tensor means = Allocate(Shape{batch, blocks, width}, DType::kF32);
+    PoolBlocks(kernels_, parallel_, x, width, block, means);
+    return means;
   };
-  pool(args.q, options.block_q, nq, pooled_q);
-  pool(args.k, options.block_k, nk, pooled_k);
+  const Tensor pooled_q = pool(args.q, options.block_q, nq, args.q_means);
+  const Tensor pooled_k = pool(args.k, options.block_k, nk, args.k_means);
 
   parallel_.Tasks(batch * heads * nq, [&](std::int64_t r, int /*thread*/) {
     const std::int64_t i = r % nq;

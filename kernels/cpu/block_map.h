@@ -6,12 +6,18 @@
 
 #include "kernels/attention.h"
 #include "kernels/cpu/check.h"
+#include "kernels/cpu/parallel.h"
+#include "kernels/cpu/simd/kernels.h"
 
 namespace slalom {
 
 // Throws unless the map is there and fits [batch, length, heads].
 void CheckMap(const Check& check, const BlockMap* map, std::int64_t batch, std::int64_t heads,
               std::int64_t length);
+
+// means [B, blocks, width] f32: of x's rows [B, L, width], `block` at a time.
+void PoolBlocks(const simd::Kernels& kernels, const Parallel& parallel, const Tensor& x,
+                std::int64_t width, std::int64_t block, const Tensor& means);
 
 // The token at each position of the order (y, x, t) that the second half of a window map's heads
 // use.

@@ -1,4 +1,5 @@
 // Normalisations over rows, and the step before attention.
+#include "kernels/cpu/block_map.h"
 #include "kernels/cpu/check.h"
 #include "kernels/cpu/convert.h"
 #include "kernels/cpu/cpu_backend.h"
@@ -102,6 +103,11 @@ void CpuBackend::QkNormRope(const QkNormRopeArgs& args) {
     check.Is(args.cos, Shape{length, head_size / 2}, DType::kF32, "cos");
     check.Is(args.sin, Shape{length, head_size / 2}, DType::kF32, "sin");
   }
+  if (args.means.defined()) {
+    check.That(args.pool > 0, "pool", "is no number of rows");
+    const std::int64_t blocks = (length + args.pool - 1) / args.pool;
+    check.Is(args.means, Shape{batch, blocks, width}, DType::kF32, "means");
+  }
   const float* weight = args.weight.defined() ? args.weight.data<float>() : nullptr;
   VisitCompute(args.x.dtype(), [&](auto tag) {
     using T = decltype(tag);
@@ -117,6 +123,9 @@ void CpuBackend::QkNormRope(const QkNormRopeArgs& args) {
       }
     });
   });
+  if (args.means.defined()) {
+    PoolBlocks(kernels_, parallel_, args.out, width, args.pool, args.means);
+  }
 }
 
 void CpuBackend::ChannelNorm(const ChannelNormArgs& args) {

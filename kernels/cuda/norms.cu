@@ -1,4 +1,5 @@
 // LayerNorm with modulation, RMSNorm, the q/k norm with rotation, and the decoder's channel norm.
+#include "kernels/cuda/attention/block_map.h"
 #include "kernels/cuda/ops.h"
 #include "kernels/cuda/row_kernel.cuh"
 
@@ -112,10 +113,10 @@ struct QkNormRopeOp {
   __device__ float Factor(float squares) const {
     return weight == nullptr ? 1.0f : 1.0f / sqrtf(squares / static_cast<float>(columns) + eps);
   }
+  // y = the results of `values`.
   template <int kWidth>
-  __device__ void Store(const Row& begun, std::int64_t row, int column, const float* values, float,
-                        float factor) const {
-    float y[kWidth];
+  __device__ void Map(const Row& begun, std::int64_t row, int column, const float* values,
+                      float factor, float* y) const {
     if (weight != nullptr) {
       LoadConstants<kWidth>(weight + column, y);
 #pragma unroll
@@ -145,9 +146,80 @@ struct QkNormRopeOp {
         y[j] = even;
       }
     }
+  }
+  template <int kWidth>
+  __device__ void Store(const Row& begun, std::int64_t row, int column, const float* values, float,
+                        float factor) const {
+    float y[kWidth];
+    Map<kWidth>(begun, row, column, values, factor, y);
     StoreFloats<kWidth>(out + row * columns + column, y);
   }
 };
+
+constexpr int kPoolWarps = kRowThreads / 32;
+constexpr int kPoolVectors = 6;  // of 8 columns, for each lane: the width of Wan 1.3B
+constexpr int kPoolColumns = kPoolVectors * 32 * 8;
+
+// The same for the rows of a block, a warp for each, and the means of what is stored, in the order
+// of PoolBlocks. Grid (blocks, samples).
+__global__ void __launch_bounds__(kRowThreads, 2)
+    PooledQkKernel(const QkNormRopeOp<bf16> op, int block, float* means) {
+  __shared__ __align__(16) float partial[kPoolWarps][kPoolColumns];
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const std::int64_t first = static_cast<std::int64_t>(blockIdx.x) * block;
+  const int count = static_cast<int>(min(std::int64_t{block}, op.length - first));
+  const std::int64_t start = blockIdx.y * op.length + first;  // of all samples' rows
+  const auto column = [&](int i) { return (i * 32 + lane) * 8; };
+  Packed8<bf16> next[kPoolVectors];
+  const auto load = [&](int row) {
+#pragma unroll
+    for (int i = 0; i < kPoolVectors; ++i) {
+      if (row < count && column(i) < op.columns) {
+        next[i].Load(op.x + (start + row) * op.columns + column(i));
+      }
+    }
+  };
+  float sums[kPoolVectors][8] = {};
+  load(warp);
+#pragma unroll 1
+  for (int r = warp; r < count; r += kPoolWarps) {
+    const std::int64_t row = start + r;
+    const QkNormRopeOp<bf16>::Row begun = op.BeginRow(row, lane, 32 * 8);
+    Packed8<bf16> packed[kPoolVectors];
+#pragma unroll
+    for (int i = 0; i < kPoolVectors; ++i) packed[i] = next[i];
+    load(r + kPoolWarps);
+    float values[8], squares = 0.0f;
+#pragma unroll
+    for (int i = 0; i < kPoolVectors; ++i) {
+      if (column(i) >= op.columns) continue;
+      packed[i].Unpack(values);
+#pragma unroll
+      for (int j = 0; j < 8; ++j) squares += values[j] * values[j];
+    }
+    const float factor = op.Factor(GroupSum<32>(squares));
+#pragma unroll
+    for (int i = 0; i < kPoolVectors; ++i) {
+      if (column(i) >= op.columns) continue;
+      float y[8];
+      packed[i].Unpack(values);
+      op.Map<8>(begun, row, column(i), values, factor, y);
+      StoreFloats<8>(op.out + row * op.columns + column(i), y);
+#pragma unroll
+      for (int j = 0; j < 8; ++j) sums[i][j] += ToFloat(FromFloat<bf16>(y[j]));
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < kPoolVectors; ++i) StoreFloats<8>(&partial[warp][column(i)], sums[i]);
+  __syncthreads();
+  means += (static_cast<std::int64_t>(blockIdx.y) * gridDim.x + blockIdx.x) * op.columns;
+  for (int c = threadIdx.x; c < op.columns; c += kRowThreads) {
+    float total = 0.0f;
+#pragma unroll
+    for (int i = 0; i < kPoolWarps; ++i) total += partial[i][c];
+    means[c] = total / static_cast<float>(count);
+  }
+}
 
 template <typename T>
 struct ChannelNormOp {
@@ -228,7 +300,20 @@ void RunQkNormRope(const Context& context, const QkNormRopeArgs& args) {
                      OptionalFloats(args.sin),
                      args.out.data<T>()};
   const bool vectors = head_size % 8 == 0 && Aligned16(op.x, op.weight, op.cos, op.sin, op.out);
+  if constexpr (sizeof(T) == sizeof(bf16)) {
+    const std::int64_t length = args.x.dim(1);
+    if (args.means.defined() && ChoosePooling(op.columns, vectors) == PoolingWay::kFused) {
+      const dim3 grid(static_cast<unsigned>(args.means.dim(1)),
+                      static_cast<unsigned>(args.x.dim(0)));
+      if (length == 0 || args.x.dim(0) == 0) return;
+      PooledQkKernel<<<grid, kRowThreads, 0, context.stream>>>(op, args.pool,
+                                                               args.means.data<float>());
+      CheckLaunch("QkNormRope: pooled");
+      return;
+    }
+  }
   RunRows(op, args.x.dim(0) * args.x.dim(1), vectors, context.stream, "QkNormRope");
+  if (args.means.defined()) PoolBlocks(context, args.out, args.pool, args.means);
 }
 
 template <typename T>
@@ -241,6 +326,11 @@ void RunChannelNorm(const Context& context, const ChannelNormArgs& args) {
 }
 
 }  // namespace
+
+PoolingWay ChoosePooling(std::int64_t columns, bool vectors) {
+  return vectors && columns % 8 == 0 && columns <= kPoolColumns ? PoolingWay::kFused
+                                                                : PoolingWay::kSeparate;
+}
 
 void LayerNorm(const Context& context, const LayerNormArgs& args) {
   Require(args.x.defined() && args.x.shape().rank() == 3 && IsComputeType(args.x.dtype()),
@@ -299,6 +389,11 @@ void QkNormRope(const Context& context, const QkNormRopeArgs& args) {
   if (args.cos.defined()) {
     RequireTensor(args.cos, {args.x.dim(1), head_size / 2}, DType::kF32, "QkNormRope: cos");
     RequireTensor(args.sin, {args.x.dim(1), head_size / 2}, DType::kF32, "QkNormRope: sin");
+  }
+  if (args.means.defined()) {
+    Require(args.pool > 0, "QkNormRope: means of no rows");
+    const std::int64_t blocks = (args.x.dim(1) + args.pool - 1) / args.pool;
+    RequireTensor(args.means, {args.x.dim(0), blocks, columns}, DType::kF32, "QkNormRope: means");
   }
   args.x.dtype() == DType::kBF16 ? RunQkNormRope<bf16>(context, args)
                                  : RunQkNormRope<float>(context, args);

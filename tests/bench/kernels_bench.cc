@@ -174,6 +174,11 @@ void BenchSparse(Bench& bench, int block_q, double topk, LinearScope scope, bool
   bench.Bytes(name + ": map by the library", 2.0 * q.NumBytes(), [&] {
     cuda::MakeBlockMap(bench.backend().context(), map_args, cuda::RankWay::kLibrary);
   });
+  BlockMapArgs from_means = map_args;
+  from_means.q_means = bench.Random({1, (kTokens + block_q - 1) / block_q, kWidth}, kF32);
+  from_means.k_means = bench.Random({1, (kTokens + 63) / 64, kWidth}, kF32);
+  bench.Bytes(name + ": map from means", from_means.q_means.NumBytes(),
+              [&] { backend.MakeBlockMap(from_means); });
   const BlockMap map = backend.MakeBlockMap(map_args);
   SlaArgs args{.q = q, .k = k, .v = v, .map = &map, .scope = scope};
   if (linear) {
@@ -319,6 +324,19 @@ void BenchRows(Bench& bench) {
                         .sin = sin,
                         .out = out.Reshape({1, kTokens, kHeads, kHeadSize})});
   });
+  for (const int pool : {64, 128}) {
+    const Tensor means = bench.Empty({1, (kTokens + pool - 1) / pool, kWidth}, kF32);
+    bench.Bytes("q/k norm + rope + means of " + std::to_string(pool),
+                2 * half + 2.0 * cos.NumBytes(), [&] {
+                  backend.QkNormRope({.x = x,
+                                      .weight = weight,
+                                      .cos = cos,
+                                      .sin = sin,
+                                      .out = out.Reshape({1, kTokens, kHeads, kHeadSize}),
+                                      .means = means,
+                                      .pool = pool});
+                });
+  }
 }
 
 void BenchConv(Bench& bench, std::int64_t frames, std::int64_t height, std::int64_t width,

@@ -18,8 +18,8 @@ std::int64_t Blocks(std::int64_t length, std::int64_t block) {
   return (length + block - 1) / block;
 }
 
-constexpr int kPoolLanes = 16;  // that share a row
-constexpr int kPoolRows = 16;   // that are read at once
+constexpr int kPoolLanes = 32;  // that share a row
+constexpr int kPoolRows = 8;    // that are read at once
 constexpr int kPoolThreads = kPoolLanes * kPoolRows;
 
 // x [B, L, width] -> means [B, N, width]: one block of threads per block of rows and
@@ -256,7 +256,7 @@ __global__ void __launch_bounds__(256) MeanKernel(const float* x, int count, flo
 template <typename T>
 void RunPool(const Context& context, const Tensor& x, int block, const Tensor& means) {
   const auto length = x.dim(1);
-  const int width = static_cast<int>(x.dim(2) * x.dim(3));
+  const int width = static_cast<int>(means.dim(2));
   const bool vectors = width % 8 == 0 && reinterpret_cast<std::uintptr_t>(x.raw()) % 16 == 0;
   const int columns = kPoolLanes * (vectors ? 8 : 1);
   const dim3 grid(static_cast<unsigned>(means.dim(1)),
@@ -267,13 +267,16 @@ void RunPool(const Context& context, const Tensor& x, int block, const Tensor& m
   CheckLaunch("MakeBlockMap: pooling");
 }
 
-// [B, blocks, H * D] f32
-Tensor Pool(const Context& context, const Tensor& x, int block) {
-  const Tensor means =
-      context.Allocate({x.dim(0), Blocks(x.dim(1), block), x.dim(2) * x.dim(3)}, DType::kF32);
-  x.dtype() == DType::kBF16 ? RunPool<bf16>(context, x, block, means)
-                            : RunPool<float>(context, x, block, means);
-  return means;
+// `means` where it is defined, else the means of x's blocks.
+Tensor Pool(const Context& context, const Tensor& x, int block, const Tensor& means) {
+  const Shape shape{x.dim(0), Blocks(x.dim(1), block), x.dim(2) * x.dim(3)};
+  if (means.defined()) {
+    RequireTensor(means, shape, DType::kF32, "MakeBlockMap: means");
+    return means;
+  }
+  const Tensor pooled = context.Allocate(shape, DType::kF32);
+  PoolBlocks(context, x, block, pooled);
+  return pooled;
 }
 
 // [B, H, Nq, Nk] f32: scores of pooled queries and keys.
@@ -338,6 +341,11 @@ void Classify(const Context& context, const Tensor& scores, std::int64_t negligi
 
 }  // namespace
 
+void PoolBlocks(const Context& context, const Tensor& x, int block, const Tensor& means) {
+  x.dtype() == DType::kBF16 ? RunPool<bf16>(context, x, block, means)
+                            : RunPool<float>(context, x, block, means);
+}
+
 BlockMap MakeBlockMap(const Context& context, const BlockMapArgs& args) {
   Require(args.q.defined() && args.q.shape().rank() == 4 && args.options.block_k > 0,
           "MakeBlockMap: q is not [B, L, H, D], or a block is empty");
@@ -376,8 +384,8 @@ BlockMap MakeBlockMap(const Context& context, const BlockMapArgs& args, RankWay 
     CheckLaunch("MakeBlockMap: windows");
     FillLists(context, map);
   } else {
-    const Tensor q = Pool(context, args.q, options.block_q);
-    const Tensor k = Pool(context, args.k, options.block_k);
+    const Tensor q = Pool(context, args.q, options.block_q, args.q_means);
+    const Tensor k = Pool(context, args.k, options.block_k, args.k_means);
     if (way == RankWay::kOwn) {
       ScoreAndRank(context, q, k, heads, negligible, map);
     } else {

@@ -16,6 +16,19 @@ RankWay ChooseRankWay(std::int64_t head_size, std::int64_t key_blocks, int compu
 
 BlockMap MakeBlockMap(const Context& context, const BlockMapArgs& args, RankWay way);
 
+// means [B, blocks, width] f32: of x's rows [B, L, width], `block` at a time. Row r of a block is
+// added to partial sum r % 8, and those in order: whoever pools otherwise does it so too.
+void PoolBlocks(const Context& context, const Tensor& x, int block, const Tensor& means);
+
+enum class PoolingWay {
+  kSeparate,  // PoolBlocks reads what was written
+  kFused,     // in the kernel that writes q or k, bf16 only
+};
+
+// The faster way for rows of that many columns; a pure function. `vectors` says that they may be
+// accessed 16 bytes at a time.
+PoolingWay ChoosePooling(std::int64_t columns, bool vectors);
+
 // Classes, lists and counts of `map` from means q [B, Nq, H * D] and k [B, Nk, H * D], f32.
 // Requires what ChooseRankWay checks.
 void ScoreAndRank(const Context& context, const Tensor& q, const Tensor& k, std::int64_t heads,

@@ -291,6 +291,48 @@ TEST_P(AttentionTest, MapTiesGoToTheLowerIndex) {
   for (std::size_t i = 0; i < classes.size(); ++i) EXPECT_EQ(classes[i], row[i % 10]) << i;
 }
 
+// Means that the step before attention leaves are those of what it writes, and give the same map.
+TEST_P(AttentionTest, MapFromMeans) {
+  struct Setup {
+    std::int64_t length, heads, size;
+  };
+  for (const Setup& s : {Setup{1, 1, 8}, Setup{200, 3, 32}, Setup{777, 12, 128}}) {
+    const std::int64_t batch = 2, width = s.heads * s.size;
+    const Array cos = Random(Shape{s.length, s.size / 2}, kF32);
+    const auto rotate = [&](int pool, Tensor& means) {
+      const Tensor x = Upload(Random(Shape{batch, s.length, width}, type()), type());
+      const Tensor out = Poisoned(Shape{batch, s.length, s.heads, s.size}, type());
+      means = Poisoned(Shape{batch, (s.length + pool - 1) / pool, width}, kF32);
+      backend().QkNormRope({.x = x,
+                            .weight = Upload(Random(Shape{width}, kF32), kF32),
+                            .cos = Upload(cos, kF32),
+                            .sin = Upload(cos, kF32),
+                            .out = out,
+                            .means = means,
+                            .pool = pool});
+      const Array rows = Download(out), got = Download(means);
+      for (std::int64_t i = 0; i < got.size(); ++i) {
+        const std::int64_t block = i / width % means.dim(1), first = block * pool;
+        const std::int64_t count = std::min<std::int64_t>(pool, s.length - first);
+        double sum = 0;
+        for (std::int64_t r = 0; r < count; ++r) {
+          sum += rows[(i / width / means.dim(1) * s.length + first + r) * width + i % width];
+        }
+        EXPECT_NEAR(got[i], sum / static_cast<double>(count), 1e-4) << i;
+      }
+      return out;
+    };
+    BlockMapArgs args;
+    args.q = rotate(128, args.q_means);
+    args.k = rotate(64, args.k_means);
+    args.options = {BlockMapKind::kTopK, 0.3, 0.3, 128, 64};
+    const BlockMap from_means = backend().MakeBlockMap(args);
+    args.q_means = args.k_means = Tensor();
+    EXPECT_EQ(DownloadBytes(from_means.classes),
+              DownloadBytes(backend().MakeBlockMap(args).classes));
+  }
+}
+
 TEST_P(AttentionTest, MapListsMatchTheClasses) {
   const Classes classes = RandomClasses(2, 2, 700, 32, 64, 0);
   const BlockMap map = Force(classes);
