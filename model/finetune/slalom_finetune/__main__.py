@@ -45,6 +45,7 @@ def _add_prepare(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--frames", type=int, default=81)
     parser.add_argument("--size", type=_sizes, default=(832, 480), help="WIDTHxHEIGHT")
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--deadline-seconds", type=float)
     parser.add_argument("--device")
 
 
@@ -93,6 +94,8 @@ def _add_train(commands: argparse._SubParsersAction) -> None:
     group = parser.add_argument_group("running")
     group.add_argument("--deadline-seconds", type=float, help="ends before, with status 3, to go on in the next call")
     group.add_argument("--save-seconds", type=float, default=60.0)
+    group.add_argument("--snapshots", type=float, nargs="*", default=[], help="also writes the adapter at these shares "
+                       "of the steps")
     group.add_argument("--compile", action="store_true")
     group.add_argument("--recompute", action="store_true", help="less memory: blocks are computed again for gradients")
     group.add_argument("--deterministic", action=argparse.BooleanOptionalAction, default=True)
@@ -135,7 +138,7 @@ def run_train(args: argparse.Namespace) -> int:
     torch.backends.cuda.matmul.allow_tf32 = True
     torch.use_deterministic_algorithms(args.deterministic, warn_only=True)
     plan = plan_of(args, device)
-    places = Places(args.model, args.data, args.work, args.out, args.save_seconds, compile=args.compile,
+    places = Places(args.model, args.data, args.work, args.out, args.save_seconds, snapshots=tuple(args.snapshots), compile=args.compile,
                     recompute=args.recompute, device=device)
     if args.minutes:
         plan = _with_steps(plan, places, args.minutes)
@@ -157,6 +160,7 @@ def main() -> int:
         written = convert(args.checkpoint, args.out, args.topk, args.block_q, args.block_k, args.head_dim)
         print("wrote", *written)
     elif args.command == "prepare":
+        Deadline(args.deadline_seconds)
         device = _device(args.device)
         width, height = args.size
         made = (from_recipe(args.model, args.recipe_latents, device) if args.recipe_latents
@@ -164,7 +168,7 @@ def main() -> int:
         made.save(args.out)
         print(f"{len(made.latents)} clips of latent size {tuple(made.latents.shape[1:])} in {args.out}")
     else:
-        run_sample(args, _device(args.device))
+        return run_sample(args, _device(args.device))
     return 0
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .adapter import load_adapter
+from .deadline import UNFINISHED, Deadline
 from .noise import normal
 from .options import AttentionOptions
 from .prepare import TextSource
@@ -133,10 +134,12 @@ def add_sample_arguments(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--shift", type=float, default=3.0)
     parser.add_argument("--fps", type=int, default=16)
     parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--deadline-seconds", type=float, help="ends before, with status 3, to go on in the next call")
     parser.add_argument("--device")
 
 
-def run_sample(args: argparse.Namespace, device: torch.device) -> None:
+def run_sample(args: argparse.Namespace, device: torch.device) -> int:
+    deadline = Deadline(args.deadline_seconds)
     entries = json.loads(args.captions.read_text())
     width, height = map(int, args.size.lower().split("x"))
     shape = ((args.frames - 1) // 4 + 1, height // 8, width // 8)
@@ -144,8 +147,11 @@ def run_sample(args: argparse.Namespace, device: torch.device) -> None:
     wanted = [i for i, entry in enumerate(entries) if not (args.out / entry["file"]).exists()]
     sampler, begin = Sampler(args.model, args.adapter, args.attention, args.topk, device), time.time()
     for first in range(0, len(wanted), args.batch):
+        if deadline.over():
+            return UNFINISHED
         seeds = wanted[first:first + args.batch]
         clips = sampler.draw([entries[i]["caption"] for i in seeds], seeds, shape, args.steps, args.guidance, args.shift)
         for i, clip in zip(seeds, clips):
             write_clip(clip, args.out / entries[i]["file"], args.fps)
         print(f"{first + len(seeds)}/{len(wanted)} clips, {time.time() - begin:.1f} s", flush=True)
+    return 0

@@ -65,6 +65,7 @@ class Places:
     out: Path  # attention/*.safetensors
     save_seconds: float = 60.0
     log_every: int = 20
+    snapshots: tuple[float, ...] = ()  # out/step-N/attention at these shares of the steps
     compile: bool = False
     recompute: bool = False
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
@@ -216,13 +217,14 @@ class Trainer:
         kept = [line for line in lines[:self.step] if line.endswith("\n")]
         write_atomically(log, lambda part: part.write_text("".join(kept)) and None)
 
-    def export(self) -> list[Path]:
+    def export(self, folder: Path | None = None) -> list[Path]:
+        folder = folder or self.places.out
         state = self.student.model.state_dict() | self.average
         notes = {"slalom.finetune": json.dumps({**asdict(self.plan), "steps_done": self.step,
                                                 "minutes": round(self.spent / 60, 2)})}
-        written = [save_adapter(state, self.plan.options, self.places.out, notes)]
+        written = [save_adapter(state, self.plan.options, folder, notes)]
         if self.plan.train == "all":
-            written.append(save_transformer(state, self.places.model / "transformer", self.places.out))
+            written.append(save_transformer(state, self.places.model / "transformer", folder))
         return written
 
     def run(self, deadline: Deadline) -> int:
@@ -232,9 +234,12 @@ class Trainer:
         print(f"{self.plan.options.kind}: from step {self.step} of {self.plan.steps}, {trained / 1e6:.2f} M parameters, "
               f"{sum(len(s.latents) for s in self.sets)} clips, {describe(self.device)}", flush=True)
         recent: list[float] = []
+        snapshots = {round(share * self.plan.steps) for share in self.places.snapshots}
         begin = time.time()
         while self.step < self.plan.steps and not deadline.over():
             self.take_step()
+            if self.step in snapshots:
+                self.export(self.places.out / f"step-{self.step}")
             if self.step % self.places.log_every == 0:
                 recent += torch.stack(self.losses).tolist()
                 self.write_log()
