@@ -106,6 +106,29 @@ struct SlaArgs {
   Tensor proj_weight;  // [D, D] f32, optional: absent means no linear branch
   Tensor proj_bias;    // [D] f32, with proj_weight
   Tensor out;          // [B, L, H, D] T
+  // [B, H, L] f32, optional: log of the sum of exp over the critical keys, -infinity where a row
+  // has none. SlaAttentionBackward wants it.
+  Tensor lse;
+};
+
+// The gradients of SlaAttention, given d_out = d loss / d out. The map is held.
+struct SlaBackwardArgs {
+  Tensor q;  // [B, L, H, D] T, all as they were given to SlaAttention
+  Tensor k;  // [B, L, H, D] T
+  Tensor v;  // [B, L, H, D] T
+  const BlockMap* map = nullptr;
+  LinearScope scope = LinearScope::kMarginal;
+  FeatureMap feature_map = FeatureMap::kSoftmax;
+  Tensor proj_weight;    // [D, D] f32, optional
+  Tensor proj_bias;      // [D] f32, with proj_weight
+  Tensor out;            // [B, L, H, D] T, as SlaAttention wrote it
+  Tensor lse;            // [B, H, L] f32, likewise
+  Tensor d_out;          // [B, L, H, D] T
+  Tensor d_q;            // [B, L, H, D] T
+  Tensor d_k;            // [B, L, H, D] T
+  Tensor d_v;            // [B, L, H, D] T
+  Tensor d_proj_weight;  // [D, D] f32, with proj_weight
+  Tensor d_proj_bias;    // [D] f32, with proj_weight
 };
 
 // SALAD: o = sparse + gate(x) * (linear W_p^T + b_p), heads side by side, before the o projection.
@@ -129,6 +152,43 @@ struct SaladArgs {
   Tensor gate_bias;    // [1] f32
   Tensor out;          // [B, L, H * D] T
   Tensor gate_out;     // [B, L] f32, optional: the gate's values
+  // [B, H, L] f32, optional, as SlaArgs.lse, by position in the head's own order of tokens.
+  Tensor lse;
+};
+
+// The gradients of SaladAttention, given d_out. q and q_normed count as separate inputs, as do k
+// and k_normed; who rotated one into the other adds their gradients up. The map is held.
+struct SaladBackwardArgs {
+  Tensor q;         // [B, L, H, D] T, all as they were given to SaladAttention
+  Tensor k;         // [B, L, H, D] T
+  Tensor v;         // [B, L, H, D] T
+  Tensor q_normed;  // [B, L, H, D] T
+  Tensor k_normed;  // [B, L, H, D] T
+  Tensor cos;       // [L, D / 2] f32
+  Tensor sin;       // [L, D / 2] f32
+  Tensor x;         // [B, L, d] T
+  const BlockMap* map = nullptr;
+  BlockMapKind map_kind = BlockMapKind::kTopK;
+  TokenGrid grid;
+  SaladGate gate = SaladGate::kToken;
+  Tensor proj_weight;  // [d, d] T, optional: then so is all that is not of the sparse branch
+  Tensor proj_bias;    // [d] f32
+  Tensor gate_weight;  // [1, d] f32
+  Tensor gate_bias;    // [1] f32
+  Tensor out;          // [B, L, d] T, as SaladAttention wrote it
+  Tensor lse;          // [B, H, L] f32, likewise
+  Tensor d_out;        // [B, L, d] T
+  Tensor d_q;          // [B, L, H, D] T, of the sparse branch
+  Tensor d_k;          // [B, L, H, D] T
+  Tensor d_v;          // [B, L, H, D] T, of both branches
+  // Of the linear branch and the gate; all of them with proj_weight.
+  Tensor d_q_normed;     // [B, L, H, D] T
+  Tensor d_k_normed;     // [B, L, H, D] T
+  Tensor d_x;            // [B, L, d] T
+  Tensor d_proj_weight;  // [d, d] f32
+  Tensor d_proj_bias;    // [d] f32
+  Tensor d_gate_weight;  // [1, d] f32
+  Tensor d_gate_bias;    // [1] f32
 };
 
 // out[i, b, :] = table[i, :] + t[b, i, :]: Wan's modulation rows. One row of all samples is one
@@ -240,6 +300,8 @@ class Backend {
   virtual BlockMap BlockMapFromClasses(const Tensor& classes, int block_q, int block_k) = 0;
   virtual void SlaAttention(const SlaArgs& args) = 0;
   virtual void SaladAttention(const SaladArgs& args) = 0;
+  virtual void SlaAttentionBackward(const SlaBackwardArgs& args) = 0;
+  virtual void SaladAttentionBackward(const SaladBackwardArgs& args) = 0;
   // Adds the map's critical pairs to counter[0] and all of its pairs to counter[1] (i64 [2]).
   virtual void CountPairs(const BlockMap& map, const Tensor& counter) = 0;
   // The share of the softmax mass that the critical blocks hold, averaged over `rows` query rows

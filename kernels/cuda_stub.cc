@@ -1,6 +1,7 @@
 // Stands in for kernels/cuda in a build without CUDA.
 #include "kernels/core/error.h"
 #include "kernels/device_factories.h"
+#include "kernels/foreign_stream.h"
 
 namespace slalom {
 
@@ -10,5 +11,8 @@ std::unique_ptr<Backend> MakeCudaBackend(int /*index*/, const BackendOptions& /*
 }
 
 int CudaDeviceCount() { return 0; }
+
+void FollowStream(Backend& /*backend*/, void* /*stream*/) {}
+void LeadStream(Backend& /*backend*/, void* /*stream*/) {}
 
 }  // namespace slalom

@@ -60,8 +60,7 @@ void AttendTile(const AttentionArgs& args, const DenseShape& s, const simd::Kern
                                   s.head_size, out.row(begin + r));
   }
   if (args.lse.defined()) {
-    float* lse = args.lse.data<float>() + (batch * s.heads + head) * s.queries + begin;
-    for (std::int64_t r = 0; r < rows; ++r) lse[r] = tile.maximum[r] + std::log(tile.sum[r]);
+    tile.StoreLse(args.lse.data<float>() + (batch * s.heads + head) * s.queries + begin);
   }
 }
 

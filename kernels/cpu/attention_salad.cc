@@ -28,6 +28,9 @@ SaladShape CheckSalad(const SaladArgs& args) {
   check.Is(args.k, args.q.shape(), type, "k");
   check.Is(args.v, args.q.shape(), type, "v");
   check.Holds(args.out, args.q.NumElements(), type, "out");
+  if (args.lse.defined()) {
+    check.Is(args.lse, Shape{s.batch, s.heads, s.length}, DType::kF32, "lse");
+  }
   CheckMap(check, args.map, s.batch, s.heads, s.length);
   if (args.map_kind == BlockMapKind::kWindow) {
     check.That(args.grid.size() == s.length, "grid", "does not hold q's tokens");
@@ -102,6 +105,9 @@ void SparseBranch(CpuBackend& backend, const simd::Kernels& kernels, const Paral
         for (std::int32_t c = 0; c < count; ++c) {
           engine.Attend(packed.data<float>() + (slot * blocks + list[c]) * layout.block_floats(),
                         list[c], nullptr, tile);
+        }
+        if (args.lse.defined()) {
+          tile.StoreLse(args.lse.data<float>() + (first + slot) * s.length + begin);
         }
         for (std::int64_t r = 0; r < rows; ++r) {
           kernels.f32.finish(tile.out + r * layout.padded_size(), tile.InverseSum(r), nullptr,

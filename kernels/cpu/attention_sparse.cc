@@ -31,6 +31,9 @@ SlaShape CheckSla(const SlaArgs& args) {
   check.Is(args.k, args.q.shape(), args.q.dtype(), "k");
   check.Is(args.v, args.q.shape(), args.q.dtype(), "v");
   check.Is(args.out, args.q.shape(), args.q.dtype(), "out");
+  if (args.lse.defined()) {
+    check.Is(args.lse, Shape{s.batch, s.heads, s.length}, DType::kF32, "lse");
+  }
   CheckMap(check, args.map, s.batch, s.heads, s.length);
   if (args.proj_weight.defined()) {
     check.Is(args.proj_weight, Shape{s.head_size, s.head_size}, DType::kF32, "proj_weight");
@@ -304,6 +307,9 @@ void SlaRun<T>::QueryBlock(std::int64_t first, std::int64_t slot, std::int64_t b
                        .c = extra,
                        .ldc = width});
       }
+    }
+    if (args_.lse.defined()) {
+      tile.StoreLse(args_.lse.template data<float>() + head * s_.length + begin);
     }
     for (std::int64_t r = 0; r < rows; ++r) {
       float* row = extra + r * width;

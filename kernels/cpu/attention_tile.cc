@@ -1,6 +1,7 @@
 #include "kernels/cpu/attention_tile.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <limits>
 #include <type_traits>
@@ -29,6 +30,10 @@ QueryTile::QueryTile(const TileLayout& layout, Cutter& cutter)
       out(cutter.Take(kTileRows * layout.padded_size())),
       maximum(cutter.Take(kTileRows)),
       sum(cutter.Take(kTileRows)) {}
+
+void QueryTile::StoreLse(float* lse) const {
+  for (std::int64_t r = 0; r < rows; ++r) lse[r] = maximum[r] + std::log(sum[r]);
+}
 
 std::int64_t TileScratchFloats(const TileLayout& layout) {
   Cutter cutter(nullptr);

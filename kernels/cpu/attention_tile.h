@@ -62,6 +62,8 @@ struct QueryTile {
   float* sum = nullptr;      // [kTileRows]
 
   QueryTile(const TileLayout& layout, Cutter& cutter);
+  // The log of each row's sum of exp; -infinity where no key was attended to.
+  void StoreLse(float* lse) const;
   // 0 where no key was attended to.
   float InverseSum(std::int64_t row) const { return sum[row] != 0.0f ? 1.0f / sum[row] : 0.0f; }
 };

@@ -50,6 +50,8 @@ class CpuBackend final : public Backend {
   BlockMap BlockMapFromClasses(const Tensor& classes, int block_q, int block_k) override;
   void SlaAttention(const SlaArgs& args) override;
   void SaladAttention(const SaladArgs& args) override;
+  void SlaAttentionBackward(const SlaBackwardArgs& args) override;
+  void SaladAttentionBackward(const SaladBackwardArgs& args) override;
   void CountPairs(const BlockMap& map, const Tensor& counter) override;
   void AttentionMassKept(const Tensor& q, const Tensor& k, float scale, const BlockMap& map,
                          int rows, const Tensor& out) override;

@@ -221,6 +221,12 @@ BlockMap CudaBackend::BlockMapFromClasses(const Tensor& classes, int block_q, in
 }
 void CudaBackend::SlaAttention(const SlaArgs& args) { cuda::SlaAttention(Enter(), args); }
 void CudaBackend::SaladAttention(const SaladArgs& args) { cuda::SaladAttention(Enter(), args); }
+void CudaBackend::SlaAttentionBackward(const SlaBackwardArgs& args) {
+  cuda::SlaAttentionBackward(Enter(), args);
+}
+void CudaBackend::SaladAttentionBackward(const SaladBackwardArgs& args) {
+  cuda::SaladAttentionBackward(Enter(), args);
+}
 void CudaBackend::CountPairs(const BlockMap& map, const Tensor& counter) {
   cuda::CountPairs(Enter(), map, counter);
 }

@@ -63,6 +63,8 @@ BlockMap BlockMapFromClasses(const Context& context, const Tensor& classes, int 
                              int block_k);
 void SlaAttention(const Context& context, const SlaArgs& args);
 void SaladAttention(const Context& context, const SaladArgs& args);
+void SlaAttentionBackward(const Context& context, const SlaBackwardArgs& args);
+void SaladAttentionBackward(const Context& context, const SaladBackwardArgs& args);
 void CountPairs(const Context& context, const BlockMap& map, const Tensor& counter);
 void AttentionMassKept(const Context& context, const Tensor& q, const Tensor& k, float scale,
                        const BlockMap& map, int rows, const Tensor& out);

@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "kernels/core/error.h"
+#include "kernels/cuda/attention/backward.h"
 #include "kernels/cuda/attention/block_map.h"
 #include "kernels/cuda/attention/linear_branch.h"
 #include "kernels/cuda/attention/problem.h"
@@ -254,6 +255,83 @@ void BenchStates(Bench& bench, LinearScope scope, const std::string& name) {
   }
 }
 
+// SLA's gradients: all of them, the sparse branch by each kernel, the linear branch. FLOP: the five
+// products that the critical pairs need, whatever is computed twice.
+void BenchBackward(Bench& bench, int block_q, double topk, LinearScope scope,
+                   const std::string& name) {
+  if (!bench.Wanted(name)) return;
+  const Shape shape{1, kTokens, kHeads, kHeadSize};
+  Backend& backend = bench.backend();
+  const cuda::Context& context = bench.backend().context();
+  SlaBackwardArgs args;
+  args.q = bench.Random(shape, kBF16);
+  args.k = bench.Random(shape, kBF16);
+  args.v = bench.Random(shape, kBF16);
+  args.d_out = bench.Random(shape, kBF16);
+  for (Tensor* x : {&args.out, &args.d_q, &args.d_k, &args.d_v}) *x = bench.Empty(shape, kBF16);
+  args.lse = bench.Empty({1, kHeads, kTokens}, kF32);
+  args.proj_weight = bench.Random({kHeadSize, kHeadSize}, kF32);
+  args.proj_bias = bench.Random({kHeadSize}, kF32);
+  args.d_proj_weight = bench.Empty({kHeadSize, kHeadSize}, kF32);
+  args.d_proj_bias = bench.Empty({kHeadSize}, kF32);
+  args.scope = scope;
+  BlockMapArgs map_args{.q = args.q, .k = args.k};
+  map_args.options.block_q = block_q;
+  map_args.options.topk = topk;
+  const BlockMap map = backend.MakeBlockMap(map_args);
+  args.map = &map;
+  SlaArgs forward{.q = args.q, .k = args.k, .v = args.v, .map = &map, .scope = scope};
+  forward.proj_weight = args.proj_weight;
+  forward.proj_bias = args.proj_bias;
+  forward.out = args.out;
+  forward.lse = args.lse;
+  const double pairs = static_cast<double>(CriticalBlocks(topk, (kTokens + 63) / 64)) * 64.0;
+  const double flops = 10.0 * kTokens * pairs * kWidth;
+  bench.Flops(name + ": forward that saves lse", 0.4 * flops,
+              [&] { backend.SlaAttention(forward); });
+  bench.Flops(name, flops, [&] { backend.SlaAttentionBackward(args); });
+  bench.Bytes(name + ": lists", static_cast<double>(map.classes.NumBytes()),
+              [&] { cuda::MakeQueryLists(context, map); });
+  const Tensor delta = bench.Empty(args.lse.shape(), kF32);
+  bench.Bytes(name + ": delta", 2.0 * args.q.NumBytes(), [&] {
+    cuda::DeltaArgs rows;
+    rows.out = args.out;
+    rows.d_out = args.d_out;
+    rows.delta = delta;
+    cuda::SparseDelta(context, rows);
+  });
+  const cuda::QueryLists queries = cuda::MakeQueryLists(context, map);
+  cuda::SparseGradientProblem sparse =
+      cuda::MakeSparseGradient(args.q, args.k, args.v, args.d_out, map, queries);
+  sparse.lse = args.lse.data<float>();
+  sparse.delta = delta.data<float>();
+  sparse.d_q = args.d_q.raw();
+  sparse.d_k = args.d_k.raw();
+  sparse.d_v = args.d_v.raw();
+  sparse.accumulate = true;
+  bench.Flops(name + ": sparse, mma.sync", flops,
+              [&] { cuda::SparseGradient(context, sparse, cuda::GradientKernel::kTensorCore); });
+  if (context.compute_major == 9) {
+    bench.Flops(name + ": sparse, wgmma", flops,
+                [&] { cuda::SparseGradient(context, sparse, cuda::GradientKernel::kHopper); });
+  }
+  cuda::LinearGradientArgs linear;
+  linear.q = args.q;
+  linear.k = args.k;
+  linear.v = args.v;
+  linear.scope = scope;
+  linear.map = &map;
+  linear.proj_weight = args.proj_weight;
+  linear.d_out = args.d_out;
+  linear.d_q = args.d_q;
+  linear.d_k = args.d_k;
+  linear.d_v = args.d_v;
+  linear.delta = delta;
+  linear.d_proj_weight = args.d_proj_weight;
+  bench.Bytes(name + ": linear", 7.0 * args.q.NumBytes(),
+              [&] { cuda::LinearGradient(context, linear); });
+}
+
 void BenchMassKept(Bench& bench) {
   const std::string name = "sla softmax mass kept, 64 rows a head";
   if (!bench.Wanted(name)) return;
@@ -386,6 +464,8 @@ void RunAll(Bench& bench) {
   BenchLinearBranch(bench, LinearScope::kAll, 64, Feature::kRotatedRelu, "salad branch alone");
   BenchStates(bench, LinearScope::kAll, "sla sums, all");
   BenchStates(bench, LinearScope::kMarginal, "sla sums, marginal 64x64");
+  BenchBackward(bench, 128, 0.05, LinearScope::kAll, "backward all 128x64 topk 0.05");
+  BenchBackward(bench, 64, 0.05, LinearScope::kMarginal, "backward marginal 64x64 topk 0.05");
   BenchMassKept(bench);
 }
 

@@ -72,6 +72,7 @@ if [ "$mode" = sanitize ]; then
   for tool in memcheck racecheck; do
     sanitize $tool kernels_cuda_hopper_test '*'
     sanitize $tool kernels_cuda_attention_test 'HopperAttentionSteps*:*TensorCoreWithBias:LinearBranchKernels*:SlaKernels.*Tile*:SlaKernels.*Critical*:BlockMaps*'
+    sanitize $tool kernels_cuda_backward_test 'HopperGradientSteps*:*OneTile'
     sanitize $tool kernels_cuda_conv_test '*HopperSteps'
     sanitize $tool kernels_cuda_test '*Rows*:*Frames*:*Map*:*Sla*:*Salad*'
   done
@@ -88,7 +89,7 @@ fi
 # --- the ladder ---
 : >"$results/table.txt"
 : >"$logs/failures.txt"
-names='*'; parts='copy norm linear conv mma.sync products hopper sparse sla'
+names='*'; parts='copy norm linear conv mma.sync products hopper sparse sla backward'
 [ "$mode" = rungs ] && names=$3 parts=''
 [ "$mode" = times ] && names='' parts=$3
 rung() {  # NAME PROGRAM FILTER SECONDS
@@ -151,6 +152,17 @@ for step in OneTile OneTileProjected NoCriticalBlock EveryBlockCritical FeatureM
 done
 rung sla               $operations '*AttentionTest.Sla*' 60
 rung salad             $operations '*AttentionTest.Salad*' 40
+backward=kernels_cuda_backward_test
+rung backward-mma-tile $backward 'SparseGradientKernels.TensorCoreOneTile' 20
+rung backward-mma      $backward 'SparseGradientKernels.TensorCore' 40
+for step in OneTile RaggedTile TwoConsumers RingWrapsAround Accumulates; do
+  rung "backward-hopper-$step" $backward "HopperGradientSteps.$step" 15
+done
+rung backward-hopper   $backward 'SparseGradientKernels.Hopper' 40
+rung backward-linear-tile $backward 'LinearGradientKernels.OneTile' 20
+rung backward-linear   $backward 'LinearGradientKernels.*' 60
+rung backward-sla      $operations '*AttentionBackwardTest.Sla*:*AttentionBackwardTest.Saving*' 60
+rung backward-salad    $operations '*AttentionBackwardTest.Salad*' 60
 echo "checked after $SECONDS s" >>"$results/table.txt"
 
 # --- times ---

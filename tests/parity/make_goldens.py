@@ -18,9 +18,9 @@ os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported: SLA's kernels
 
 import torch  # noqa: E402
 
-from golden_makers import common, salad, sampler, sla, text_encoder, tokenizer, transformer, vae  # noqa: E402
+from golden_makers import common, salad, sampler, sla, sla_backward, text_encoder, tokenizer, transformer, vae  # noqa: E402
 
-PARTS = ("tokenizer", "text_encoder", "vae", "sampler", "sla", "salad", "transformer", "demo")
+PARTS = ("tokenizer", "text_encoder", "vae", "sampler", "sla", "sla_backward", "salad", "transformer", "demo")
 
 
 def make(goldens, parts, demo):
@@ -29,7 +29,7 @@ def make(goldens, parts, demo):
     if "tokenizer" in parts or "text_encoder" in parts:
         print("tokenizer")
         vocab_size = tokenizer.make(goldens)
-    for part, module in (("vae", vae), ("sampler", sampler), ("sla", sla), ("salad", salad),
+    for part, module in (("vae", vae), ("sampler", sampler), ("sla", sla), ("sla_backward", sla_backward), ("salad", salad),
                          ("transformer", transformer)):
         if part in parts:
             print(part)

@@ -45,8 +45,8 @@ std::string ParamName(const testing::TestParamInfo<GoldenCase>& info) {
   return TestName(info.param);
 }
 
-const std::vector<std::string> kNets = {"tokenizer", "text_encoder", "transformer", "vae_decoder",
-                                        "sampler",   "sla",          "salad"};
+const std::vector<std::string> kNets = {"tokenizer", "text_encoder", "transformer",  "vae_decoder",
+                                        "sampler",   "sla",          "sla_backward", "salad"};
 
 INSTANTIATE_TEST_SUITE_P(Golden, NetworkParity, testing::ValuesIn(GoldenCases(kNets)), ParamName);
 INSTANTIATE_TEST_SUITE_P(Golden, Bf16Parity,

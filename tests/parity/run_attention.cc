@@ -104,6 +104,51 @@ TensorMap RunSla(Backend& backend, const NetworkOptions& options, const NetworkI
           {"sparsity", Sparsity(backend, map)}};
 }
 
+TensorMap RunSlaBackward(Backend& backend, const NetworkOptions& options,
+                         const NetworkInputs& inputs) {
+  const Heads heads = ReadHeads(backend, inputs, options.dtype);
+  const Tensor slopes =
+      inputs.Get("do", DType::kF32, {heads.batch, heads.heads, heads.length, heads.width});
+  const Tensor weight = inputs.Get("proj_weight", DType::kF32, {heads.width, heads.width});
+  const Tensor bias = inputs.Get("proj_bias", DType::kF32, {heads.width});
+  const BlockMap map = ReadOrMakeMap(backend, options, inputs, heads,
+                                     {.q = heads.q, .k = heads.k, .options = options.map});
+  const auto like_q = [&] { return backend.Allocate(heads.q.shape(), options.dtype); };
+  SlaBackwardArgs args{
+      .q = heads.q,
+      .k = heads.k,
+      .v = heads.v,
+      .map = &map,
+      .scope = options.scope,
+      .feature_map = options.feature_map,
+      .proj_weight = Upload(backend, weight, DType::kF32),
+      .proj_bias = Upload(backend, bias, DType::kF32),
+      .out = like_q(),
+      .lse = backend.Allocate({heads.batch, heads.heads, heads.length}, DType::kF32),
+      .d_out = Upload(backend, SwapMiddle(slopes), options.dtype),
+      .d_q = like_q(),
+      .d_k = like_q(),
+      .d_v = like_q(),
+      .d_proj_weight = backend.Allocate(weight.shape(), DType::kF32),
+      .d_proj_bias = backend.Allocate(bias.shape(), DType::kF32)};
+  backend.SlaAttention({.q = args.q,
+                        .k = args.k,
+                        .v = args.v,
+                        .map = &map,
+                        .scope = args.scope,
+                        .feature_map = args.feature_map,
+                        .proj_weight = args.proj_weight,
+                        .proj_bias = args.proj_bias,
+                        .out = args.out,
+                        .lse = args.lse});
+  backend.SlaAttentionBackward(args);
+  return {{"dq", SwapMiddle(Download(backend, args.d_q))},
+          {"dk", SwapMiddle(Download(backend, args.d_k))},
+          {"dv", SwapMiddle(Download(backend, args.d_v))},
+          {"dproj_weight", Download(backend, args.d_proj_weight)},
+          {"dproj_bias", Download(backend, args.d_proj_bias)}};
+}
+
 TensorMap RunSalad(Backend& backend, const NetworkOptions& options, const NetworkInputs& inputs) {
   const Heads heads = ReadHeads(backend, inputs, options.dtype);
   if (options.grid.size() != heads.length) {

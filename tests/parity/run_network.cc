@@ -18,10 +18,7 @@ TensorMap RunNetwork(Backend& backend, const NetworkOptions& options, const Netw
   if (net == "sampler") return RunSampler(backend, options, inputs);
   if (net == "sla") return RunSla(backend, options, inputs);
   if (net == "salad") return RunSalad(backend, options, inputs);
-  if (net == "sla_backward") {
-    throw Error(ErrorCode::kUnimplemented,
-                "sla_backward is not available: this version has no backward pass");
-  }
+  if (net == "sla_backward") return RunSlaBackward(backend, options, inputs);
   throw Error(ErrorCode::kInvalidArgument, "no net is called '" + net + "'");
 }
 

@@ -23,6 +23,8 @@ TensorMap RunVideoDecoder(Backend& backend, const NetworkOptions& options,
                           const NetworkInputs& inputs);
 TensorMap RunSampler(Backend& backend, const NetworkOptions& options, const NetworkInputs& inputs);
 TensorMap RunSla(Backend& backend, const NetworkOptions& options, const NetworkInputs& inputs);
+TensorMap RunSlaBackward(Backend& backend, const NetworkOptions& options,
+                         const NetworkInputs& inputs);
 TensorMap RunSalad(Backend& backend, const NetworkOptions& options, const NetworkInputs& inputs);
 
 }  // namespace slalom

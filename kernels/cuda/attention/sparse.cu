@@ -4,6 +4,7 @@
 #include "kernels/cuda/attention/linear_branch.h"
 #include "kernels/cuda/attention/problem.h"
 #include "kernels/cuda/attention/sla.h"
+#include "kernels/cuda/attention/sparse_parts.h"
 #include "kernels/cuda/check.h"
 #include "kernels/cuda/ops.h"
 #include "kernels/cuda/reduce.cuh"
@@ -13,18 +14,6 @@ namespace slalom::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-
-Feature FeatureOf(FeatureMap map) {
-  switch (map) {
-    case FeatureMap::kElu:
-      return Feature::kElu;
-    case FeatureMap::kRelu:
-      return Feature::kRelu;
-    case FeatureMap::kSoftmax:
-      break;
-  }
-  return Feature::kSoftmax;
-}
 
 void CheckMap(const BlockMap* map, const Tensor& q) {
   Require(map != nullptr, "sparse attention: the map is missing");
@@ -44,15 +33,21 @@ void CheckQkv(const Tensor& q, const Tensor& k, const Tensor& v) {
   RequireTensor(v, q.shape(), q.dtype(), "sparse attention: v");
 }
 
+void CheckLse(const Tensor& lse, const Tensor& q) {
+  if (!lse.defined()) return;
+  RequireTensor(lse, {q.dim(0), q.dim(2), q.dim(1)}, DType::kF32, "sparse attention: lse");
+}
+
 // softmax over the critical blocks, into out [B, L, H, D].
 AttentionProblem SparseProblem(const Tensor& q, const Tensor& k, const Tensor& v,
-                               const BlockMap& map, const Tensor& out) {
+                               const BlockMap& map, const Tensor& lse, const Tensor& out) {
   AttentionProblem problem;
   problem.dtype = q.dtype();
   problem.q = q.raw();
   problem.k = k.raw();
   problem.v = v.raw();
   problem.out = out.raw();
+  problem.lse = lse.defined() ? lse.data<float>() : nullptr;
   problem.batch = q.dim(0);
   problem.heads = q.dim(2);
   problem.q_length = q.dim(1);
@@ -90,22 +85,6 @@ __global__ void __launch_bounds__(kThreads)
   for (int c = threadIdx.x % 32; c < head_size; c += 32) {
     to[target * head_size + c] = from[source * head_size + c];
   }
-}
-
-Tensor Reorder(const Context& context, const Tensor& x, const TokenGrid& grid, bool back,
-               const Tensor& out) {
-  const std::int64_t rows = x.dim(0) * x.dim(1) * x.dim(2);
-  const auto blocks = static_cast<unsigned>((rows + kThreads / 32 - 1) / (kThreads / 32));
-  const int heads = static_cast<int>(x.dim(2)), head_size = static_cast<int>(x.dim(3));
-  if (x.dtype() == DType::kBF16) {
-    ReorderKernel<<<blocks, kThreads, 0, context.stream>>>(x.data<bf16>(), out.data<bf16>(), grid,
-                                                           rows, heads, head_size, back);
-  } else {
-    ReorderKernel<<<blocks, kThreads, 0, context.stream>>>(x.data<float>(), out.data<float>(), grid,
-                                                           rows, heads, head_size, back);
-  }
-  CheckLaunch("SaladAttention: order of tokens");
-  return out;
 }
 
 // gates[row] = sigmoid(x . w + b). One block of threads per row.
@@ -147,15 +126,7 @@ void RunGateAndMix(const Context& context, const SaladArgs& args, const Tensor& 
   const std::int64_t batch = args.q.dim(0), length = args.q.dim(1);
   const int width = static_cast<int>(args.q.dim(2) * args.q.dim(3));
   const std::int64_t elements = batch * length * width;
-  GateKernel<<<static_cast<unsigned>(batch * length), kThreads, 0, context.stream>>>(
-      args.x.data<T>(), width, args.gate_weight.data<float>(), args.gate_bias.data<float>(),
-      gates.data<float>());
-  CheckLaunch("SaladAttention: gates");
-  if (args.gate == SaladGate::kSample) {
-    MeanGateKernel<<<static_cast<unsigned>(batch), kThreads, 0, context.stream>>>(
-        gates.data<float>(), length);
-    CheckLaunch("SaladAttention: mean gate");
-  }
+  SaladGates(context, args.x, args.gate_weight, args.gate_bias, args.gate, gates);
   MixKernel<<<static_cast<unsigned>((elements + kThreads - 1) / kThreads), kThreads, 0,
               context.stream>>>(projected.data<T>(), gates.data<float>(), elements, width,
                                 args.out.data<T>());
@@ -166,26 +137,26 @@ void SaladSparseBranch(const Context& context, const SaladArgs& args) {
   const Shape by_head = args.q.shape();
   const Tensor out = args.out.Reshape(by_head);
   if (args.map_kind != BlockMapKind::kWindow) {
-    RunAttention(context, SparseProblem(args.q, args.k, args.v, *args.map, out));
+    RunAttention(context, SparseProblem(args.q, args.k, args.v, *args.map, args.lse, out));
     return;
   }
   Require(args.grid.size() == args.q.dim(1), "SaladAttention: grid does not hold q's tokens");
   const auto reordered = [&](const Tensor& x) {
-    return Reorder(context, x, args.grid, false, context.Allocate(by_head, x.dtype()));
+    return ReorderTokens(context, x, args.grid, false, context.Allocate(by_head, x.dtype()));
   };
   const Tensor result = context.Allocate(by_head, args.q.dtype());
   const Tensor q = reordered(args.q), k = reordered(args.k), v = reordered(args.v);
-  RunAttention(context, SparseProblem(q, k, v, *args.map, result));
-  Reorder(context, result, args.grid, true, out);
+  RunAttention(context, SparseProblem(q, k, v, *args.map, args.lse, result));
+  ReorderTokens(context, result, args.grid, true, out);
 }
 
 void CheckSalad(const SaladArgs& args) {
-  CheckQkv(args.q, args.k, args.v);
-  CheckMap(args.map, args.q);
+  CheckSparseInputs(args.q, args.k, args.v, args.map);
   const std::int64_t batch = args.q.dim(0), length = args.q.dim(1);
   const std::int64_t head_size = args.q.dim(3), width = args.q.dim(2) * head_size;
   const DType type = args.q.dtype();
   RequireTensor(args.out, {batch, length, width}, type, "SaladAttention: out");
+  CheckLse(args.lse, args.q);
   if (args.gate_out.defined()) {
     RequireTensor(args.gate_out, {batch, length}, DType::kF32, "SaladAttention: gate_out");
   }
@@ -202,9 +173,9 @@ void CheckSalad(const SaladArgs& args) {
 }
 
 void CheckSla(const SlaArgs& args) {
-  CheckQkv(args.q, args.k, args.v);
-  CheckMap(args.map, args.q);
+  CheckSparseInputs(args.q, args.k, args.v, args.map);
   RequireTensor(args.out, args.q.shape(), args.q.dtype(), "SlaAttention: out");
+  CheckLse(args.lse, args.q);
   if (!args.proj_weight.defined()) return;
   const std::int64_t head_size = args.q.dim(3);
   RequireTensor(args.proj_weight, {head_size, head_size}, DType::kF32, "SlaAttention: proj_weight");
@@ -228,6 +199,60 @@ LinearBranchArgs SlaLinearArgs(const SlaArgs& args) {
 
 }  // namespace
 
+Feature FeatureOf(FeatureMap map) {
+  switch (map) {
+    case FeatureMap::kElu:
+      return Feature::kElu;
+    case FeatureMap::kRelu:
+      return Feature::kRelu;
+    case FeatureMap::kSoftmax:
+      break;
+  }
+  return Feature::kSoftmax;
+}
+
+void CheckSparseInputs(const Tensor& q, const Tensor& k, const Tensor& v, const BlockMap* map) {
+  CheckQkv(q, k, v);
+  CheckMap(map, q);
+}
+
+Tensor ReorderTokens(const Context& context, const Tensor& x, const TokenGrid& grid, bool back,
+                     const Tensor& out) {
+  const std::int64_t rows = x.dim(0) * x.dim(1) * x.dim(2);
+  const auto blocks = static_cast<unsigned>((rows + kThreads / 32 - 1) / (kThreads / 32));
+  const int heads = static_cast<int>(x.dim(2)), head_size = static_cast<int>(x.dim(3));
+  if (x.dtype() == DType::kBF16) {
+    ReorderKernel<<<blocks, kThreads, 0, context.stream>>>(x.data<bf16>(), out.data<bf16>(), grid,
+                                                           rows, heads, head_size, back);
+  } else {
+    ReorderKernel<<<blocks, kThreads, 0, context.stream>>>(x.data<float>(), out.data<float>(), grid,
+                                                           rows, heads, head_size, back);
+  }
+  CheckLaunch("sparse attention: order of tokens");
+  return out;
+}
+
+void AverageSamples(const Context& context, const Tensor& values) {
+  MeanGateKernel<<<static_cast<unsigned>(values.dim(0)), kThreads, 0, context.stream>>>(
+      values.data<float>(), values.dim(1));
+  CheckLaunch("sparse attention: mean gate");
+}
+
+void SaladGates(const Context& context, const Tensor& x, const Tensor& weight, const Tensor& bias,
+                SaladGate gate, const Tensor& gates) {
+  const auto rows = static_cast<unsigned>(gates.NumElements());
+  const int width = static_cast<int>(weight.NumElements());
+  if (x.dtype() == DType::kBF16) {
+    GateKernel<<<rows, kThreads, 0, context.stream>>>(x.data<bf16>(), width, weight.data<float>(),
+                                                      bias.data<float>(), gates.data<float>());
+  } else {
+    GateKernel<<<rows, kThreads, 0, context.stream>>>(x.data<float>(), width, weight.data<float>(),
+                                                      bias.data<float>(), gates.data<float>());
+  }
+  CheckLaunch("sparse attention: gates");
+  if (gate == SaladGate::kSample) AverageSamples(context, gates);
+}
+
 SlaWay ChooseSlaWay(AttentionKernel sparse, bool sums_fit, Feature feature) {
   const bool fits =
       sparse == AttentionKernel::kHopper && sums_fit && feature != Feature::kRotatedRelu;
@@ -237,7 +262,8 @@ SlaWay ChooseSlaWay(AttentionKernel sparse, bool sums_fit, Feature feature) {
 void SlaAttention(const Context& context, const SlaArgs& args) {
   CheckSla(args);
   if (args.q.NumElements() == 0) return;
-  const AttentionProblem problem = SparseProblem(args.q, args.k, args.v, *args.map, args.out);
+  const AttentionProblem problem =
+      SparseProblem(args.q, args.k, args.v, *args.map, args.lse, args.out);
   if (!args.proj_weight.defined()) return RunAttention(context, problem);
   const LinearBranchArgs linear = SlaLinearArgs(args);
   SlaAttention(context, args,
@@ -248,7 +274,8 @@ void SlaAttention(const Context& context, const SlaArgs& args) {
 void SlaAttention(const Context& context, const SlaArgs& args, SlaWay way) {
   CheckSla(args);
   Require(args.proj_weight.defined(), "SlaAttention: there is no linear branch");
-  const AttentionProblem problem = SparseProblem(args.q, args.k, args.v, *args.map, args.out);
+  const AttentionProblem problem =
+      SparseProblem(args.q, args.k, args.v, *args.map, args.lse, args.out);
   const LinearBranchArgs linear = SlaLinearArgs(args);
   if (way == SlaWay::kSeparate) {
     RunAttention(context, problem);

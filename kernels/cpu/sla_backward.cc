@@ -1,0 +1,229 @@
+// The gradients of SLA: one head per task, both branches, then the heads' shares of the
+// projection's gradient in order.
+#include <algorithm>
+#include <vector>
+
+#include "kernels/cpu/attention_backward.h"
+#include "kernels/cpu/block_map.h"
+#include "kernels/cpu/check.h"
+#include "kernels/cpu/convert.h"
+#include "kernels/cpu/cpu_backend.h"
+
+namespace slalom {
+namespace {
+
+struct SlaShape {
+  std::int64_t batch, length, heads, head_size;
+};
+
+SlaShape CheckSla(const SlaBackwardArgs& args) {
+  const Check check("SlaAttentionBackward");
+  check.Rank(args.q, 4, "q");
+  check.Compute(args.q, "q");
+  const SlaShape s{args.q.dim(0), args.q.dim(1), args.q.dim(2), args.q.dim(3)};
+  const auto like_q = [&](const Tensor& x, const char* name) {
+    check.Is(x, args.q.shape(), args.q.dtype(), name);
+  };
+  like_q(args.k, "k");
+  like_q(args.v, "v");
+  like_q(args.out, "out");
+  like_q(args.d_out, "d_out");
+  like_q(args.d_q, "d_q");
+  like_q(args.d_k, "d_k");
+  like_q(args.d_v, "d_v");
+  check.Is(args.lse, Shape{s.batch, s.heads, s.length}, DType::kF32, "lse");
+  CheckMap(check, args.map, s.batch, s.heads, s.length);
+  if (args.proj_weight.defined()) {
+    const Shape square{s.head_size, s.head_size}, row{s.head_size};
+    check.Is(args.proj_weight, square, DType::kF32, "proj_weight");
+    check.Is(args.proj_bias, row, DType::kF32, "proj_bias");
+    check.Is(args.d_proj_weight, square, DType::kF32, "d_proj_weight");
+    check.Is(args.d_proj_bias, row, DType::kF32, "d_proj_bias");
+  }
+  return s;
+}
+
+// One head at work.
+template <typename T>
+class SlaHead {
+ public:
+  SlaHead(const simd::Kernels& kernels, const SlaBackwardArgs& args, const SlaShape& s,
+          std::int64_t head_index)
+      : kernels_(kernels),
+        args_(args),
+        s_(s),
+        head_index_(head_index),
+        width_(RoundUp(s.head_size, 16)),
+        floats_(static_cast<std::size_t>(s.length * width_)),
+        q_(Load(args.q)),
+        k_(Load(args.k)),
+        v_(Load(args.v)),
+        d_out_(Load(args.d_out)),
+        d_q_(floats_, 0.0f),
+        d_k_(floats_, 0.0f),
+        d_v_(floats_, 0.0f),
+        delta_(static_cast<std::size_t>(s.length)) {}
+
+  // d_weight [D, width] and d_bias [width]: this head's share; unused without a projection.
+  void Run(float* d_weight, float* d_bias) {
+    const HeadMatrix out = Load(args_.out);
+    for (std::int64_t r = 0; r < s_.length; ++r) {
+      delta_[static_cast<std::size_t>(r)] =
+          kernels_.dot(out.data() + r * width_, d_out_.data() + r * width_, s_.head_size);
+    }
+    if (args_.proj_weight.defined()) Linear(d_weight, d_bias);
+    const SparseBranchGradient::Problem sparse{
+        .length = s_.length,
+        .head_size = s_.head_size,
+        .map = args_.map,
+        .head_index = head_index_,
+        .lse = args_.lse.template data<float>() + head_index_ * s_.length,
+        .delta = delta_.data(),
+        .q = &q_,
+        .k = &k_,
+        .v = &v_,
+        .d_out = &d_out_,
+        .d_q = &d_q_,
+        .d_k = &d_k_,
+        .d_v = &d_v_};
+    SparseBranchGradient(kernels_, sparse).Run();
+    Store(d_q_, args_.d_q);
+    Store(d_k_, args_.d_k);
+    Store(d_v_, args_.d_v);
+  }
+
+ private:
+  HeadMatrix Load(const Tensor& x) const {
+    HeadMatrix rows(floats_, 0.0f);
+    const auto from = RowsOfHead<const T>(x, head_index_ / s_.heads, head_index_ % s_.heads);
+    for (std::int64_t r = 0; r < s_.length; ++r) {
+      simd::Rows<T>(kernels_).widen(from.row(r), 1.0f, s_.head_size, rows.data() + r * width_);
+    }
+    return rows;
+  }
+  void Store(const HeadMatrix& rows, const Tensor& x) const {
+    const auto to = RowsOfHead<T>(x, head_index_ / s_.heads, head_index_ % s_.heads);
+    for (std::int64_t r = 0; r < s_.length; ++r) {
+      simd::Rows<T>(kernels_).narrow(rows.data() + r * width_, s_.head_size, to.row(r));
+    }
+  }
+  HeadMatrix Features(const HeadMatrix& x) const {
+    HeadMatrix rows(floats_, 0.0f);
+    for (std::int64_t r = 0; r < s_.length; ++r) {
+      kernels_.feature_map(args_.feature_map, x.data() + r * width_, s_.head_size,
+                           rows.data() + r * width_);
+    }
+    return rows;
+  }
+
+  bool InScope(std::int64_t i, std::int64_t j) const {
+    if (args_.scope == LinearScope::kAll) return true;
+    const std::int64_t nq = args_.map->classes.dim(2), nk = args_.map->classes.dim(3);
+    const auto c = static_cast<BlockClass>(
+        args_.map->classes.template data<std::uint8_t>()[(head_index_ * nq + i) * nk + j]);
+    return c == BlockClass::kMarginal ||
+           (args_.scope == LinearScope::kNonCritical && c == BlockClass::kNegligible);
+  }
+
+  void Linear(float* d_weight, float* d_bias) {
+    const std::int64_t d = s_.head_size;
+    const HeadMatrix q_features = Features(q_), k_features = Features(k_);
+    // With every key in scope one state serves all: then blocks are the whole sequence.
+    const bool whole = args_.scope == LinearScope::kAll;
+    const LinearBranchGradient::Problem problem{
+        .length = s_.length,
+        .head_size = d,
+        .block_q = whole ? s_.length : args_.map->block_q,
+        .block_k = whole ? s_.length : args_.map->block_k,
+        .in_scope = [this](std::int64_t i, std::int64_t j) { return InScope(i, j); },
+        .q_feature = &q_features,
+        .q_divisor = &q_features,
+        .k_feature = &k_features,
+        .k_divisor = &k_features,
+        .v = &v_};
+    LinearBranchGradient branch(kernels_, problem);
+    HeadMatrix linear;
+    branch.Forward(linear);
+
+    HeadMatrix weight(static_cast<std::size_t>(d * width_), 0.0f), d_linear(floats_);
+    for (std::int64_t e = 0; e < d; ++e) {
+      std::copy_n(args_.proj_weight.template data<float>() + e * d, d, weight.data() + e * width_);
+    }
+    kernels_.gemm({.m = s_.length,
+                   .n = width_,
+                   .k = d,
+                   .a = d_out_.data(),
+                   .a_row = width_,
+                   .b = weight.data(),
+                   .ldb = width_,
+                   .c = d_linear.data(),
+                   .ldc = width_});
+    kernels_.gemm({.m = d,
+                   .n = width_,
+                   .k = s_.length,
+                   .a = d_out_.data(),
+                   .a_row = 1,
+                   .a_column = width_,
+                   .b = linear.data(),
+                   .ldb = width_,
+                   .c = d_weight,
+                   .ldc = width_});
+    HeadMatrix d_q_feature(floats_, 0.0f), d_q_divisor(floats_, 0.0f);
+    HeadMatrix d_k_feature(floats_, 0.0f), d_k_divisor(floats_, 0.0f);
+    std::vector<float> delta;
+    branch.Backward(linear, d_linear, d_q_feature, d_q_divisor, d_k_feature, d_k_divisor, d_v_,
+                    delta);
+    std::fill_n(d_bias, width_, 0.0f);
+    for (std::int64_t r = 0; r < s_.length; ++r) {
+      const std::int64_t at = r * width_;
+      kernels_.f32.add(d_out_.data() + at, d, d_bias);
+      // The output less the linear branch is what the sparse branch gave.
+      delta_[static_cast<std::size_t>(r)] -=
+          delta[static_cast<std::size_t>(r)] +
+          kernels_.dot(d_out_.data() + at, args_.proj_bias.template data<float>(), d);
+      kernels_.f32.add(d_q_divisor.data() + at, d, d_q_feature.data() + at);
+      kernels_.f32.add(d_k_divisor.data() + at, d, d_k_feature.data() + at);
+      AddFeatureGradient(args_.feature_map, q_.data() + at, q_features.data() + at,
+                         d_q_feature.data() + at, d, d_q_.data() + at);
+      AddFeatureGradient(args_.feature_map, k_.data() + at, k_features.data() + at,
+                         d_k_feature.data() + at, d, d_k_.data() + at);
+    }
+  }
+
+  const simd::Kernels& kernels_;
+  const SlaBackwardArgs& args_;
+  const SlaShape& s_;
+  const std::int64_t head_index_, width_;
+  const std::size_t floats_;
+  HeadMatrix q_, k_, v_, d_out_, d_q_, d_k_, d_v_;
+  std::vector<float> delta_;
+};
+
+}  // namespace
+
+void CpuBackend::SlaAttentionBackward(const SlaBackwardArgs& args) {
+  const SlaShape s = CheckSla(args);
+  const bool linear = args.proj_weight.defined();
+  const std::int64_t heads = s.batch * s.heads, d = s.head_size, width = RoundUp(d, 16);
+  const std::int64_t share = (d + 1) * width;  // of the projection's gradient
+  std::vector<float> shares(static_cast<std::size_t>(linear ? heads * share : 0));
+  VisitCompute(args.q.dtype(), [&](auto tag) {
+    using T = decltype(tag);
+    parallel_.Tasks(s.length > 0 ? heads : 0, [&](std::int64_t head, int /*thread*/) {
+      float* own = shares.data() + (linear ? head * share : 0);
+      SlaHead<T>(kernels_, args, s, head).Run(own, own + d * width);
+    });
+  });
+  if (!linear) return;
+  Zero(args.d_proj_weight);
+  Zero(args.d_proj_bias);
+  for (std::int64_t head = 0; head < (s.length > 0 ? heads : 0); ++head) {
+    const float* own = shares.data() + head * share;
+    for (std::int64_t e = 0; e < d; ++e) {
+      kernels_.f32.add(own + e * width, d, args.d_proj_weight.data<float>() + e * d);
+    }
+    kernels_.f32.add(own + d * width, d, args.d_proj_bias.data<float>());
+  }
+}
+
+}  // namespace slalom

@@ -1,0 +1,306 @@
+// The gradients of SLA and SALAD against the reference, with the map forced: forward, then backward
+// from what forward saved.
+#include "tests/reference/attention_backward.h"
+
+#include <limits>
+#include <string>
+
+#include "tests/unit/kernels/device_test.h"
+
+namespace slalom {
+namespace {
+
+using reference::Array;
+using reference::Classes;
+using reference::Exact;
+
+constexpr DType kF32 = DType::kF32;
+
+class AttentionBackwardTest : public OpTest {
+ protected:
+  Classes RandomClasses(std::int64_t batch, std::int64_t heads, std::int64_t length, int block_q,
+                        int block_k) {
+    Classes map{block_q,
+                block_k,
+                batch,
+                heads,
+                (length + block_q - 1) / block_q,
+                (length + block_k - 1) / block_k,
+                {},
+                {}};
+    map.values.resize(static_cast<std::size_t>(batch * heads * map.query_blocks * map.key_blocks));
+    for (auto& c : map.values) c = static_cast<std::uint8_t>(RandomInt(0, 2));
+    return map;
+  }
+
+  BlockMap Force(const Classes& map) {
+    const Shape shape{map.batch, map.heads, map.query_blocks, map.key_blocks};
+    const Tensor host = Tensor::Host(shape, DType::kU8);
+    std::copy(map.values.begin(), map.values.end(), host.data<std::uint8_t>());
+    const Tensor classes = backend().Allocate(shape, DType::kU8);
+    backend().Copy(host, classes);
+    BlockMap forced = backend().BlockMapFromClasses(classes, map.block_q, map.block_k);
+    forced.grid = map.grid;
+    return forced;
+  }
+
+  // Sums over many tokens carry the rounding of all of them.
+  void Expect(const Tensor& actual, const Array& exact, const Array& plain,
+              const std::string& what) {
+    ExpectClose(actual, exact, plain, what, 64.0);
+  }
+
+  struct SlaCase {
+    std::int64_t batch = 1, length = 64, heads = 1, size = 64;
+    LinearScope scope = LinearScope::kAll;
+    FeatureMap feature_map = FeatureMap::kSoftmax;
+    bool linear = true;
+  };
+
+  void RunSla(const SlaCase& c, const Classes& map) {
+    const Shape shape{c.batch, c.length, c.heads, c.size};
+    const Array q = Random(shape, type(), 1.5), k = Random(shape, type(), 1.5);
+    const Array v = Random(shape, type()), d_out = Random(shape, type());
+    const Array weight = c.linear ? Random(Shape{c.size, c.size}, kF32, 0.3) : Array();
+    const Array bias = c.linear ? Random(Shape{c.size}, kF32) : Array();
+    const BlockMap forced = Force(map);
+    const SlaArgs forward{.q = Upload(q, type()),
+                          .k = Upload(k, type()),
+                          .v = Upload(v, type()),
+                          .map = &forced,
+                          .scope = c.scope,
+                          .feature_map = c.feature_map,
+                          .proj_weight = UploadIf(weight, kF32),
+                          .proj_bias = UploadIf(bias, kF32),
+                          .out = Poisoned(shape, type()),
+                          .lse = Poisoned(Shape{c.batch, c.heads, c.length}, kF32)};
+    backend().SlaAttention(forward);
+    SlaBackwardArgs args{.q = forward.q,
+                         .k = forward.k,
+                         .v = forward.v,
+                         .map = &forced,
+                         .scope = c.scope,
+                         .feature_map = c.feature_map,
+                         .proj_weight = forward.proj_weight,
+                         .proj_bias = forward.proj_bias,
+                         .out = forward.out,
+                         .lse = forward.lse,
+                         .d_out = Upload(d_out, type()),
+                         .d_q = Poisoned(shape, type()),
+                         .d_k = Poisoned(shape, type()),
+                         .d_v = Poisoned(shape, type())};
+    if (c.linear) {
+      args.d_proj_weight = Poisoned(weight.shape, kF32);
+      args.d_proj_bias = Poisoned(bias.shape, kF32);
+    }
+    backend().SlaAttentionBackward(args);
+    const auto run = [&](auto policy) {
+      return reference::SlaBackward<decltype(policy)>(q, k, v, map, c.scope, c.feature_map, weight,
+                                                      d_out);
+    };
+    const reference::SlaGradients exact = run(Exact{});
+    const reference::SlaGradients plain =
+        type() == DType::kBF16 ? run(reference::PlainBF16{}) : run(reference::PlainF32{});
+    const std::string what = "SLA L " + std::to_string(c.length) + " D " + std::to_string(c.size) +
+                             " scope " + std::to_string(static_cast<int>(c.scope)) + " features " +
+                             std::to_string(static_cast<int>(c.feature_map));
+    Expect(args.d_q, exact.q, plain.q, what + " d_q");
+    Expect(args.d_k, exact.k, plain.k, what + " d_k");
+    Expect(args.d_v, exact.v, plain.v, what + " d_v");
+    if (!c.linear) return;
+    Expect(args.d_proj_weight, exact.proj_weight, plain.proj_weight, what + " d_proj_weight");
+    Expect(args.d_proj_bias, exact.proj_bias, plain.proj_bias, what + " d_proj_bias");
+  }
+
+  reference::SaladInputs RandomSalad(std::int64_t batch, const TokenGrid& grid, std::int64_t heads,
+                                     std::int64_t size, bool linear) {
+    const std::int64_t length = grid.size(), width = heads * size;
+    const Shape by_head{batch, length, heads, size};
+    reference::SaladInputs in;
+    in.q = Random(by_head, type(), 1.5);
+    in.k = Random(by_head, type(), 1.5);
+    in.v = Random(by_head, type());
+    in.q_normed = Random(by_head, type());
+    in.k_normed = Random(by_head, type());
+    in.cos = in.sin = Random(Shape{length, size / 2}, kF32, 0.5);
+    for (std::int64_t i = 0; i < in.cos.size(); ++i) {
+      const double angle = in.cos[i];
+      in.cos[i] = static_cast<float>(std::cos(angle));
+      in.sin[i] = static_cast<float>(std::sin(angle));
+    }
+    in.x = Random(Shape{batch, length, width}, type());
+    if (linear) {
+      in.proj_weight = Random(Shape{width, width}, type(), 0.2);
+      in.proj_bias = Random(Shape{width}, kF32);
+    }
+    in.gate_weight = Random(Shape{1, width}, kF32, 0.2);
+    in.gate_bias = Random(Shape{1}, kF32);
+    return in;
+  }
+
+  void RunSalad(const TokenGrid& grid, bool window, SaladGate gate, bool linear, std::int64_t heads,
+                std::int64_t size, int block) {
+    const std::int64_t batch = 2, length = grid.size(), width = heads * size;
+    reference::SaladInputs in = RandomSalad(batch, grid, heads, size, linear);
+    in.gate = gate;
+    Classes map = RandomClasses(batch, heads, length, block, block);
+    if (window) map.grid = grid;
+    const BlockMap forced = Force(map);
+    const Array d_out = Random(in.x.shape, type());
+    const SaladArgs forward{.q = Upload(in.q, type()),
+                            .k = Upload(in.k, type()),
+                            .v = Upload(in.v, type()),
+                            .q_normed = Upload(in.q_normed, type()),
+                            .k_normed = Upload(in.k_normed, type()),
+                            .cos = Upload(in.cos, kF32),
+                            .sin = Upload(in.sin, kF32),
+                            .x = Upload(in.x, type()),
+                            .map = &forced,
+                            .map_kind = window ? BlockMapKind::kWindow : BlockMapKind::kTopK,
+                            .grid = grid,
+                            .gate = gate,
+                            .proj_weight = UploadIf(in.proj_weight, type()),
+                            .proj_bias = UploadIf(in.proj_bias, kF32),
+                            .gate_weight = Upload(in.gate_weight, kF32),
+                            .gate_bias = Upload(in.gate_bias, kF32),
+                            .out = Poisoned(in.x.shape, type()),
+                            .lse = Poisoned(Shape{batch, heads, length}, kF32)};
+    backend().SaladAttention(forward);
+    SaladBackwardArgs args{.q = forward.q,
+                           .k = forward.k,
+                           .v = forward.v,
+                           .q_normed = forward.q_normed,
+                           .k_normed = forward.k_normed,
+                           .cos = forward.cos,
+                           .sin = forward.sin,
+                           .x = forward.x,
+                           .map = &forced,
+                           .map_kind = forward.map_kind,
+                           .grid = grid,
+                           .gate = gate,
+                           .proj_weight = forward.proj_weight,
+                           .proj_bias = forward.proj_bias,
+                           .gate_weight = forward.gate_weight,
+                           .gate_bias = forward.gate_bias,
+                           .out = forward.out,
+                           .lse = forward.lse,
+                           .d_out = Upload(d_out, type()),
+                           .d_q = Poisoned(in.q.shape, type()),
+                           .d_k = Poisoned(in.q.shape, type()),
+                           .d_v = Poisoned(in.q.shape, type())};
+    if (linear) {
+      args.d_q_normed = Poisoned(in.q.shape, type());
+      args.d_k_normed = Poisoned(in.q.shape, type());
+      args.d_x = Poisoned(in.x.shape, type());
+      args.d_proj_weight = Poisoned(Shape{width, width}, kF32);
+      args.d_proj_bias = Poisoned(Shape{width}, kF32);
+      args.d_gate_weight = Poisoned(Shape{1, width}, kF32);
+      args.d_gate_bias = Poisoned(Shape{1}, kF32);
+    }
+    backend().SaladAttentionBackward(args);
+    const auto run = [&](auto policy) {
+      return reference::SaladBackward<decltype(policy)>(in, map, d_out);
+    };
+    const reference::SaladGradients exact = run(Exact{});
+    const reference::SaladGradients plain =
+        type() == DType::kBF16 ? run(reference::PlainBF16{}) : run(reference::PlainF32{});
+    Expect(args.d_q, exact.q, plain.q, "SALAD d_q");
+    Expect(args.d_k, exact.k, plain.k, "SALAD d_k");
+    Expect(args.d_v, exact.v, plain.v, "SALAD d_v");
+    if (!linear) return;
+    Expect(args.d_q_normed, exact.q_normed, plain.q_normed, "SALAD d_q_normed");
+    Expect(args.d_k_normed, exact.k_normed, plain.k_normed, "SALAD d_k_normed");
+    Expect(args.d_x, exact.x, plain.x, "SALAD d_x");
+    Expect(args.d_proj_weight, exact.proj_weight, plain.proj_weight, "SALAD d_proj_weight");
+    Expect(args.d_proj_bias, exact.proj_bias, plain.proj_bias, "SALAD d_proj_bias");
+    Expect(args.d_gate_weight, exact.gate_weight, plain.gate_weight, "SALAD d_gate_weight");
+    Expect(args.d_gate_bias, exact.gate_bias, plain.gate_bias, "SALAD d_gate_bias");
+  }
+};
+
+constexpr LinearScope kScopes[] = {LinearScope::kMarginal, LinearScope::kNonCritical,
+                                   LinearScope::kAll};
+
+TEST_P(AttentionBackwardTest, SlaScopesAndFeatureMaps) {
+  for (const LinearScope scope : kScopes) {
+    for (const FeatureMap feature_map :
+         {FeatureMap::kSoftmax, FeatureMap::kElu, FeatureMap::kRelu}) {
+      RunSla({2, 150, 2, 32, scope, feature_map}, RandomClasses(2, 2, 150, 32, 16));
+    }
+  }
+}
+
+TEST_P(AttentionBackwardTest, SlaShapes) {
+  RunSla({.length = 40}, RandomClasses(1, 1, 40, 16, 8));
+  RunSla({.length = 63}, RandomClasses(1, 1, 63, 64, 64));
+  RunSla({.length = 200, .heads = 2, .size = 40, .scope = LinearScope::kMarginal},
+         RandomClasses(1, 2, 200, 48, 24));
+  RunSla({.length = 200, .heads = 2, .linear = false}, RandomClasses(1, 2, 200, 64, 64));
+}
+
+// Head sizes and blocks that the fast kernels take, in each scope; lengths that divide nothing.
+TEST_P(AttentionBackwardTest, SlaFastShapes) {
+  for (const LinearScope scope : kScopes) {
+    RunSla({.length = 330, .heads = 2, .size = 128, .scope = scope},
+           RandomClasses(1, 2, 330, 128, 64));
+    RunSla({2, 260, 1, 64, scope, FeatureMap::kElu}, RandomClasses(2, 1, 260, 64, 64));
+    RunSla({.length = 300, .size = 64, .scope = scope}, RandomClasses(1, 1, 300, 64, 128));
+  }
+}
+
+TEST_P(AttentionBackwardTest, SlaEmptySets) {
+  Classes none = RandomClasses(1, 1, 128, 32, 32);
+  for (const BlockClass only :
+       {BlockClass::kNegligible, BlockClass::kCritical, BlockClass::kMarginal}) {
+    std::fill(none.values.begin(), none.values.end(), static_cast<std::uint8_t>(only));
+    RunSla({.length = 128, .size = 32, .scope = LinearScope::kMarginal}, none);
+    RunSla({.length = 128, .size = 32, .scope = LinearScope::kNonCritical}, none);
+  }
+  Classes fast = RandomClasses(1, 1, 256, 64, 64);
+  for (const BlockClass only :
+       {BlockClass::kNegligible, BlockClass::kCritical, BlockClass::kMarginal}) {
+    std::fill(fast.values.begin(), fast.values.end(), static_cast<std::uint8_t>(only));
+    RunSla({.length = 256, .scope = LinearScope::kMarginal}, fast);
+  }
+}
+
+TEST_P(AttentionBackwardTest, SaladMapsAndGates) {
+  for (const bool window : {false, true}) {
+    for (const SaladGate gate : {SaladGate::kToken, SaladGate::kSample}) {
+      RunSalad({3, 5, 7}, window, gate, true, 2, 32, 16);
+    }
+  }
+  RunSalad({1, 3, 2}, false, SaladGate::kToken, true, 1, 64, 2);
+  RunSalad({3, 4, 5}, true, SaladGate::kToken, false, 2, 32, 16);
+}
+
+TEST_P(AttentionBackwardTest, SaladFastShapes) {
+  RunSalad({3, 6, 9}, true, SaladGate::kToken, true, 2, 64, 64);
+  RunSalad({2, 7, 11}, false, SaladGate::kSample, true, 1, 128, 64);
+}
+
+// What forward saves is optional and changes nothing else.
+TEST_P(AttentionBackwardTest, SavingLseCostsNoBits) {
+  const Shape shape{1, 200, 2, 64};
+  const BlockMap map = Force(RandomClasses(1, 2, 200, 64, 64));
+  SlaArgs args{.q = Upload(Random(shape, type()), type()),
+               .k = Upload(Random(shape, type()), type()),
+               .v = Upload(Random(shape, type()), type()),
+               .map = &map,
+               .proj_weight = Upload(Random(Shape{64, 64}, kF32), kF32),
+               .proj_bias = Upload(Random(Shape{64}, kF32), kF32),
+               .out = Poisoned(shape, type())};
+  backend().SlaAttention(args);
+  const auto without = DownloadBytes(args.out);
+  args.out = Poisoned(shape, type());
+  args.lse = Poisoned(Shape{1, 2, 200}, kF32);
+  backend().SlaAttention(args);
+  EXPECT_EQ(without, DownloadBytes(args.out));
+  const Array lse = Download(args.lse);
+  for (const double x : lse.values) EXPECT_FALSE(std::isnan(x));
+}
+
+INSTANTIATE_TEST_SUITE_P(Devices, AttentionBackwardTest, testing::ValuesIn(OpCases()), OpCaseName);
+
+}  // namespace
+}  // namespace slalom

@@ -1,0 +1,293 @@
+// Each of the gradients' kernels against the one with a warp per row, in f32.
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cmath>
+#include <memory>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "kernels/cuda/attention/backward.h"
+#include "kernels/cuda/attention/problem.h"
+#include "kernels/cuda/cuda_backend.h"
+
+namespace slalom::cuda {
+namespace {
+
+struct Case {
+  std::int64_t batch = 1, heads = 1, length = 64;
+  int head_size = 128, block_q = 64, block_k = 64;
+  int share = 2;  // of 4: how many blocks are critical; 5: all
+};
+
+std::string Name(const Case& c) {
+  return "B " + std::to_string(c.batch) + " H " + std::to_string(c.heads) + " L " +
+         std::to_string(c.length) + " D " + std::to_string(c.head_size) + " blocks " +
+         std::to_string(c.block_q) + "x" + std::to_string(c.block_k);
+}
+
+class BackwardTest : public testing::Test {
+ protected:
+  void SetUp() override {
+    if (CudaDeviceCount() == 0) GTEST_SKIP() << "this machine has no CUDA device";
+    backend_ = std::make_unique<CudaBackend>(0, BackendOptions{});
+  }
+  bool HasHopper() const { return backend_->context().compute_major == 9; }
+
+  // Values that are exact in bf16, in both types.
+  struct Both {
+    Tensor narrow, wide;
+    const Tensor& as(DType type) const { return type == DType::kBF16 ? narrow : wide; }
+  };
+  Both Random(const Shape& shape) {
+    const Tensor host = Tensor::Host(shape, DType::kF32);
+    std::normal_distribution<float> normal;
+    for (std::int64_t i = 0; i < host.NumElements(); ++i) {
+      host.data<float>()[i] = static_cast<float>(BFloat16(normal(random_)));
+    }
+    Both both{backend_->Allocate(shape, DType::kBF16), backend_->Allocate(shape, DType::kF32)};
+    backend_->Copy(host, both.narrow);
+    backend_->Copy(host, both.wide);
+    return both;
+  }
+  Tensor Poisoned(const Shape& shape, DType type) {
+    const Tensor host = Tensor::Host(shape, DType::kF32);
+    std::fill_n(host.data<float>(), host.NumElements(), NAN);
+    const Tensor device = backend_->Allocate(shape, type);
+    backend_->Copy(host, device);
+    return device;
+  }
+  std::vector<float> Download(const Tensor& tensor) {
+    const Tensor host = Tensor::Host(tensor.shape(), DType::kF32);
+    backend_->Copy(tensor, host);
+    return {host.data<float>(), host.data<float>() + host.NumElements()};
+  }
+
+  BlockMap RandomMap(const Case& c) {
+    const std::int64_t nq = (c.length + c.block_q - 1) / c.block_q;
+    const std::int64_t nk = (c.length + c.block_k - 1) / c.block_k;
+    const Tensor host = Tensor::Host({c.batch, c.heads, nq, nk}, DType::kU8);
+    for (std::int64_t i = 0; i < host.NumElements(); ++i) {
+      const bool critical = c.share >= 5 || static_cast<int>(random_() % 4) < c.share;
+      host.data<std::uint8_t>()[i] = critical ? 1 : random_() % 2 * 2;
+    }
+    const Tensor device = backend_->Allocate(host.shape(), DType::kU8);
+    backend_->Copy(host, device);
+    return backend_->BlockMapFromClasses(device, c.block_q, c.block_k);
+  }
+
+  // The worst element may be off by 2^-6 of the largest: P, dS and the result are rounded to bf16.
+  void ExpectNear(const Tensor& actual, const Tensor& exact, const std::string& what) {
+    const std::vector<float> a = Download(actual), b = Download(exact);
+    float largest = 0.0f, error = 0.0f;
+    std::size_t worst = 0;
+    for (std::size_t i = 0; i < a.size(); ++i) {
+      ASSERT_TRUE(std::isfinite(a[i])) << what << " element " << i << " is " << a[i];
+      largest = std::max(largest, std::abs(b[i]));
+      if (std::abs(a[i] - b[i]) > error) {
+        error = std::abs(a[i] - b[i]);
+        worst = i;
+      }
+    }
+    EXPECT_LE(error, 0x1p-6f * largest)
+        << what << " element " << worst << " is " << a[worst] << ", by rows " << b[worst];
+  }
+
+  struct Gradients {
+    Tensor q, k, v;
+  };
+
+  // `accumulate`: on top of ones.
+  Gradients RunSparse(const Case& c, GradientKernel kernel, DType type, const Both& q,
+                      const Both& k, const Both& v, const Both& d_out, const BlockMap& map,
+                      bool accumulate) {
+    const Shape shape{c.batch, c.length, c.heads, c.head_size};
+    const Context& context = backend_->context();
+    const QueryLists queries = MakeQueryLists(context, map);
+    SparseGradientProblem problem =
+        MakeSparseGradient(q.as(type), k.as(type), v.as(type), d_out.as(type), map, queries);
+    const Tensor out = backend_->Allocate(shape, DType::kF32);
+    const Tensor lse = backend_->Allocate({c.batch, c.heads, c.length}, DType::kF32);
+    const Tensor delta = backend_->Allocate(lse.shape(), DType::kF32);
+    // lse and delta are the same for all kernels.
+    AttentionProblem forward;
+    forward.dtype = DType::kF32;
+    forward.q = q.wide.raw();
+    forward.k = k.wide.raw();
+    forward.v = v.wide.raw();
+    forward.out = out.raw();
+    forward.lse = lse.data<float>();
+    forward.batch = c.batch;
+    forward.heads = c.heads;
+    forward.q_length = forward.k_length = c.length;
+    forward.head_size = c.head_size;
+    forward.scale = problem.scale;
+    forward.list = problem.keys;
+    RunAttention(context, forward, AttentionKernel::kRow);
+    DeltaArgs rows;
+    rows.out = out;
+    rows.d_out = d_out.wide;
+    rows.delta = delta;
+    SparseDelta(context, rows);
+    problem.lse = lse.data<float>();
+    problem.delta = delta.data<float>();
+    Gradients result;
+    for (Tensor* x : {&result.q, &result.k, &result.v}) {
+      *x = Poisoned(shape, type);
+      if (!accumulate) continue;
+      const Tensor ones = Tensor::Host(shape, DType::kF32);
+      std::fill_n(ones.data<float>(), ones.NumElements(), 1.0f);
+      backend_->Copy(ones, *x);
+    }
+    problem.d_q = result.q.raw();
+    problem.d_k = result.k.raw();
+    problem.d_v = result.v.raw();
+    problem.accumulate = accumulate;
+    SparseGradient(context, problem, kernel);
+    return result;
+  }
+
+  void CompareSparse(const Case& c, GradientKernel kernel, bool accumulate = false) {
+    const Shape shape{c.batch, c.length, c.heads, c.head_size};
+    const Both q = Random(shape), k = Random(shape), v = Random(shape), d_out = Random(shape);
+    const BlockMap map = RandomMap(c);
+    const Gradients exact =
+        RunSparse(c, GradientKernel::kRow, DType::kF32, q, k, v, d_out, map, accumulate);
+    const Gradients result = RunSparse(c, kernel, DType::kBF16, q, k, v, d_out, map, accumulate);
+    ExpectNear(result.q, exact.q, Name(c) + " d_q");
+    ExpectNear(result.k, exact.k, Name(c) + " d_k");
+    ExpectNear(result.v, exact.v, Name(c) + " d_v");
+  }
+
+  void CompareAll(GradientKernel kernel) {
+    for (const int head_size : {64, 128}) {
+      for (const auto& [block_q, block_k] : {std::pair{64, 64}, {128, 64}, {64, 128}, {128, 128}}) {
+        CompareSparse({2, 3, 517, head_size, block_q, block_k}, kernel);
+        CompareSparse({1, 2, 1000, head_size, block_q, block_k, 1}, kernel, true);
+      }
+    }
+    CompareSparse({1, 1, 1}, kernel);
+    CompareSparse({1, 1, 65, 128, 128, 64, 5}, kernel);
+    CompareSparse({1, 1, 300, 64, 64, 64, 0}, kernel);  // lists without an entry
+    CompareSparse({1, 1, 2100, 128, 128, 64, 5}, kernel);
+  }
+
+  void CompareLinear(const Case& c, Feature feature, LinearScope scope, bool projected) {
+    const Shape shape{c.batch, c.length, c.heads, c.head_size};
+    const Both q = Random(shape), k = Random(shape), v = Random(shape), d_out = Random(shape);
+    const BlockMap map = RandomMap(c);
+    const Tensor weight = Random({c.head_size, c.head_size}).wide;
+    const Tensor cos = Poisoned({c.length, c.head_size / 2}, DType::kF32);
+    const Tensor sin = Poisoned({c.length, c.head_size / 2}, DType::kF32);
+    FillAngles(cos, sin);
+    LinearGradientArgs args;
+    args.feature = feature;
+    args.cos = cos;
+    args.sin = sin;
+    args.scope = scope;
+    args.map = &map;
+    if (projected) args.proj_weight = weight;
+    const auto run = [&](DType type) {
+      LinearGradientArgs own = args;
+      own.q = q.as(type);
+      own.k = k.as(type);
+      own.v = v.as(type);
+      own.d_out = d_out.as(type);
+      own.d_q = Poisoned(shape, type);
+      own.d_k = Poisoned(shape, type);
+      own.d_v = Poisoned(shape, type);
+      own.delta = Poisoned({c.batch, c.heads, c.length}, DType::kF32);
+      own.d_proj_weight = Poisoned(weight.shape(), DType::kF32);
+      type == DType::kBF16 ? TensorCoreLinearGradient(backend_->context(), own)
+                           : RowLinearGradient(backend_->context(), own);
+      return own;
+    };
+    const LinearGradientArgs exact = run(DType::kF32), result = run(DType::kBF16);
+    const std::string what = Name(c) + " feature " + std::to_string(static_cast<int>(feature)) +
+                             " scope " + std::to_string(static_cast<int>(scope));
+    ExpectNear(result.delta, exact.delta, what + " delta");
+    ExpectNear(result.d_q, exact.d_q, what + " d_q");
+    ExpectNear(result.d_k, exact.d_k, what + " d_k");
+    ExpectNear(result.d_v, exact.d_v, what + " d_v");
+    if (projected) ExpectNear(result.d_proj_weight, exact.d_proj_weight, what + " d_weight");
+  }
+
+  void FillAngles(const Tensor& cos, const Tensor& sin) {
+    const Tensor c = Tensor::Host(cos.shape(), DType::kF32);
+    const Tensor s = Tensor::Host(cos.shape(), DType::kF32);
+    for (std::int64_t i = 0; i < c.NumElements(); ++i) {
+      c.data<float>()[i] = std::cos(0.1f * static_cast<float>(i % 977));
+      s.data<float>()[i] = std::sin(0.1f * static_cast<float>(i % 977));
+    }
+    backend_->Copy(c, cos);
+    backend_->Copy(s, sin);
+  }
+
+  std::unique_ptr<CudaBackend> backend_;
+  std::mt19937 random_{17};
+};
+
+using SparseGradientKernels = BackwardTest;
+using HopperGradientSteps = BackwardTest;
+using LinearGradientKernels = BackwardTest;
+
+TEST_F(SparseGradientKernels, TensorCoreOneTile) {
+  CompareSparse({.head_size = 64, .share = 5}, GradientKernel::kTensorCore);
+  CompareSparse({.share = 5}, GradientKernel::kTensorCore);
+}
+TEST_F(SparseGradientKernels, TensorCore) { CompareAll(GradientKernel::kTensorCore); }
+
+// The Hopper kernels from one tile upwards.
+TEST_F(HopperGradientSteps, OneTile) {
+  if (!HasHopper()) GTEST_SKIP() << "this device is not a Hopper";
+  CompareSparse({.head_size = 64, .share = 5}, GradientKernel::kHopper);
+  CompareSparse({.share = 5}, GradientKernel::kHopper);
+}
+TEST_F(HopperGradientSteps, RaggedTile) {
+  if (!HasHopper()) GTEST_SKIP() << "this device is not a Hopper";
+  CompareSparse({.length = 37, .share = 5}, GradientKernel::kHopper);
+  CompareSparse({.length = 101, .share = 5}, GradientKernel::kHopper);
+}
+TEST_F(HopperGradientSteps, TwoConsumers) {
+  if (!HasHopper()) GTEST_SKIP() << "this device is not a Hopper";
+  CompareSparse({.length = 128, .block_q = 128, .share = 5}, GradientKernel::kHopper);
+  CompareSparse({.length = 256, .block_q = 128, .share = 5}, GradientKernel::kHopper);
+}
+TEST_F(HopperGradientSteps, RingWrapsAround) {
+  if (!HasHopper()) GTEST_SKIP() << "this device is not a Hopper";
+  CompareSparse({.length = 64 * 9, .share = 5}, GradientKernel::kHopper);
+  CompareSparse({.length = 64 * 10, .block_q = 128, .share = 5}, GradientKernel::kHopper);
+}
+TEST_F(HopperGradientSteps, Accumulates) {
+  if (!HasHopper()) GTEST_SKIP() << "this device is not a Hopper";
+  CompareSparse({.length = 200, .share = 5}, GradientKernel::kHopper, true);
+}
+TEST_F(SparseGradientKernels, Hopper) {
+  if (!HasHopper()) GTEST_SKIP() << "this device is not a Hopper";
+  CompareAll(GradientKernel::kHopper);
+}
+
+TEST_F(LinearGradientKernels, OneTile) {
+  CompareLinear({.head_size = 64}, Feature::kSoftmax, LinearScope::kAll, false);
+  CompareLinear({}, Feature::kSoftmax, LinearScope::kAll, false);
+  CompareLinear({}, Feature::kSoftmax, LinearScope::kAll, true);
+}
+TEST_F(LinearGradientKernels, EveryKeyInScope) {
+  for (const Feature feature : {Feature::kSoftmax, Feature::kElu, Feature::kRotatedRelu}) {
+    CompareLinear({2, 2, 517, 64}, feature, LinearScope::kAll, true);
+    CompareLinear({1, 3, 700, 128}, feature, LinearScope::kAll, feature != Feature::kRotatedRelu);
+  }
+}
+TEST_F(LinearGradientKernels, Scopes) {
+  for (const LinearScope scope : {LinearScope::kMarginal, LinearScope::kNonCritical}) {
+    for (const Feature feature : {Feature::kSoftmax, Feature::kElu}) {
+      CompareLinear({2, 2, 517, 64, 64, 64}, feature, scope, true);
+      CompareLinear({1, 2, 700, 128, 128, 64}, feature, scope, true);
+      CompareLinear({1, 1, 330, 128, 64, 128}, feature, scope, true);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace slalom::cuda
