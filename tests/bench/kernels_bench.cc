@@ -341,6 +341,10 @@ void BenchMassKept(Bench& bench) {
   Backend& backend = bench.backend();
   const BlockMap map = backend.MakeBlockMap({.q = q, .k = k});
   bench.Bytes(name, q.NumBytes(), [&] { backend.AttentionMassKept(q, k, 0.088f, map, 64, out); });
+  bench.Bytes(name + ", f32", q.NumBytes(), [&] {
+    cuda::AttentionMassKept(bench.backend().context(), q, k, 0.088f, map, 64, out,
+                            cuda::MassWay::kPlain);
+  });
 }
 
 enum class Extras { kNone, kBias, kGate };  // kGate: bias, gate and an f32 residual

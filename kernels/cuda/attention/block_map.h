@@ -29,6 +29,18 @@ enum class PoolingWay {
 // accessed 16 bytes at a time.
 PoolingWay ChoosePooling(std::int64_t columns, bool vectors);
 
+enum class MassWay {
+  kPlain,       // f32 arithmetic: anything
+  kTensorCore,  // mma.sync
+};
+
+// The faster way that can do this; a pure function. `aligned` says that q and k may be accessed 16
+// bytes at a time.
+MassWay ChooseMassWay(DType type, std::int64_t head_size, int block_k, bool aligned);
+
+void AttentionMassKept(const Context& context, const Tensor& q, const Tensor& k, float scale,
+                       const BlockMap& map, int rows, const Tensor& out, MassWay way);
+
 // Classes, lists and counts of `map` from means q [B, Nq, H * D] and k [B, Nk, H * D], f32.
 // Requires what ChooseRankWay checks.
 void ScoreAndRank(const Context& context, const Tensor& q, const Tensor& k, std::int64_t heads,

@@ -296,7 +296,7 @@ TEST_P(AttentionTest, MapFromMeans) {
   struct Setup {
     std::int64_t length, heads, size;
   };
-  for (const Setup& s : {Setup{1, 1, 8}, Setup{200, 3, 32}, Setup{777, 12, 128}}) {
+  for (const Setup& s : {Setup{1, 1, 8}, Setup{200, 3, 32}, Setup{330, 12, 128}}) {
     const std::int64_t batch = 2, width = s.heads * s.size;
     const Array cos = Random(Shape{s.length, s.size / 2}, kF32);
     const auto rotate = [&](int pool, Tensor& means) {
@@ -515,6 +515,28 @@ TEST_P(AttentionTest, MassKept) {
       backend().AttentionMassKept(Upload(in.q, type()), Upload(in.k, type()), 0.17f, forced, rows,
                                   out);
       EXPECT_NEAR(Download(out)[0], reference::MassKept(in.q, in.k, 0.17f, map, rows), 1e-4);
+    }
+  }
+}
+
+// Heads and blocks that have a kernel of their own on some devices: ragged lengths, several tiles a
+// block, more rows than a tile has, and the other order of tokens.
+TEST_P(AttentionTest, MassKeptWithWideHeads) {
+  for (const int size : {64, 128}) {
+    for (const int block_k : {64, 128}) {
+      const TokenGrid grid{3, 10, 11};
+      for (const bool window : {false, true}) {
+        const Qkv in = RandomQkv(1, grid.size(), 2, size);
+        Classes map = RandomClasses(1, 2, grid.size(), 64, block_k);
+        if (window) map.grid = grid;
+        const BlockMap forced = Force(map);
+        for (const int rows : {3, 70}) {
+          const Tensor out = Poisoned(Shape{1}, kF32);
+          backend().AttentionMassKept(Upload(in.q, type()), Upload(in.k, type()), 0.06f, forced,
+                                      rows, out);
+          EXPECT_NEAR(Download(out)[0], reference::MassKept(in.q, in.k, 0.06f, map, rows), 1e-4);
+        }
+      }
     }
   }
 }
