@@ -19,8 +19,7 @@
  *   - A context may be used from any thread; calls on one context take turns.
  *   - Working memory is held by the context and kept between calls.
  */
-#ifndef SLALOM_ATTENTION_H_
-#define SLALOM_ATTENTION_H_
+#pragma once
 
 #include <stddef.h>
 #include <stdint.h>
@@ -187,5 +186,3 @@ SLALOM_API int32_t slalom_salad_backward(slalom_context* context, const slalom_s
 #ifdef __cplusplus
 } /* extern "C" */
 #endif
-
-#endif /* SLALOM_ATTENTION_H_ */
