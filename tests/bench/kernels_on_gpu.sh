@@ -163,6 +163,7 @@ rung backward-linear-tile $backward 'LinearGradientKernels.OneTile' 20
 rung backward-linear   $backward 'LinearGradientKernels.*' 60
 rung backward-sla      $operations '*AttentionBackwardTest.Sla*:*AttentionBackwardTest.Saving*' 60
 rung backward-salad    $operations '*AttentionBackwardTest.Salad*' 60
+rung c-api             slalom_attention_cuda_test '*' 30
 echo "checked after $SECONDS s" >>"$results/table.txt"
 
 # --- times ---
