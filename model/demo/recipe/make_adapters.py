@@ -126,6 +126,8 @@ def run_phases(args: argparse.Namespace, phases: list[Phase]) -> tuple[int, list
             break
         begin = time.time()
         status = call.run(phase, log, environment, lambda text: print(text, end="", flush=True))
+        if status < 0 and call.left() < 0:
+            status = UNFINISHED  # it was stopped before it could listen
         if status == 0:
             done.touch()
         table.append(f"{phase.name:10s} {time.time() - begin:5.0f} s  " + {
