@@ -11,7 +11,9 @@ WINDOW = 8  # of SSIM, in pixels
 
 
 def load_frames(file: Path) -> np.ndarray:
-    """A video or a picture by ffmpeg: uint8 [F, H, W, 3]."""
+    """A video or a picture by ffmpeg, or an array (.npy): uint8 [F, H, W, 3]."""
+    if file.suffix == ".npy":
+        return np.load(file)
     probe = ["ffprobe", "-v", "error", "-select_streams", "v:0", "-show_entries", "stream=width,height", "-of",
              "csv=p=0", str(file)]
     width, height = map(int, subprocess.run(probe, capture_output=True, check=True, text=True).stdout.strip().split(","))

@@ -6,7 +6,7 @@
 
 A variant is NAME=ATTENTION[:TOPK][@FOLDER]: FOLDER has the attention/*.safetensors to use instead of the model's
 own, `none` means untrained (pure sparse attention at the default top-k), and NAME=clips@FOLDER takes clips that are
-there already, NNNN.mp4 as tests/demo/captions.py numbers them (the linear branch alone: python -m slalom_finetune
+there already, NNNN.mp4 (or .npy) as tests/demo/captions.py numbers them (the linear branch alone: python -m slalom_finetune
 sample).  The first variant is what PSNR and SSIM compare with.  Clips stay in DIR/NAME: call it again to go on.
 DIR gets table.md, table.json and, with --curve TITLE:X NAME=VALUE..., DIR/TITLE.svg.
 """
@@ -96,10 +96,10 @@ def generate(variant: Variant, clips: list[dict], folder: Path, address: str, ar
         part = file.with_suffix(".part.mp4")
         command = [str(args.slalomd.with_name("slalom")), "--server", address, "generate", clip["caption"], "-o",
                    str(part), "--seed", str(i), "--json", "--quality", "100", *passed]
-        made = subprocess.run(command, capture_output=True, text=True)
-        if made.returncode:
-            raise RuntimeError(f"\"{clip['caption']}\": {made.stderr.strip() or made.stdout.strip()}")
-        file.with_suffix(".json").write_text(made.stdout)
+        ended = subprocess.run(command, capture_output=True, text=True)
+        if ended.returncode:
+            raise RuntimeError(f"\"{clip['caption']}\": {ended.stderr.strip() or ended.stdout.strip()}")
+        file.with_suffix(".json").write_text(ended.stdout)
         part.replace(file)
         return True
 
@@ -118,12 +118,18 @@ def _find(value: object, name: str) -> float | None:
     return None
 
 
+def made(folder: Path, clip: dict) -> Path | None:
+    """A clip's file, as video or as frames; None when it is not there yet."""
+    file = folder / clip["file"]
+    return next((one for one in (file, file.with_suffix(".npy")) if one.exists()), None)
+
+
 def judge(folder: Path, clips: list[dict], against: Path | None) -> dict:
     """Means over the clips that are there; PSNR and SSIM against the same clips in another folder."""
     reader, rows = Reader(), []
     for clip in clips:
-        file = folder / clip["file"]
-        if not file.exists() or (against and not (against / clip["file"]).exists()):
+        file, other = made(folder, clip), made(against, clip) if against else None
+        if file is None or (against and other is None):
             continue
         frames = load_frames(file)
         found = reader.read(clip_of(frames))
@@ -131,8 +137,8 @@ def judge(folder: Path, clips: list[dict], against: Path | None) -> dict:
         row["all"] = float(all(row.values()))
         row["subject"], row["background"] = consistency(frames)
         if against:
-            other = load_frames(against / clip["file"])
-            row["psnr"], row["ssim"] = psnr(frames, other), ssim(frames, other)
+            reference = load_frames(other)
+            row["psnr"], row["ssim"] = psnr(frames, reference), ssim(frames, reference)
         notes = json.loads(file.with_suffix(".json").read_text()) if file.with_suffix(".json").exists() else {}
         if (value := _find(notes, "sparsity")) is not None:
             row["sparsity"] = value
@@ -195,7 +201,7 @@ def main() -> int:
     for variant in args.variants:
         folder = Path(variant.folder) if variant.attention == "clips" else args.folder / variant.name
         folder.mkdir(parents=True, exist_ok=True)
-        missing = [clip for clip in clips if not (folder / clip["file"]).exists()]
+        missing = [clip for clip in clips if made(folder, clip) is None]
         if missing and variant.attention != "clips" and time.time() < end:
             with tempfile.TemporaryDirectory() as links:
                 model = model_with(args.model, variant.folder, Path(links) / args.model.name)

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -109,7 +110,10 @@ class Sampler:
 
 
 def write_clip(frames: Tensor, file: Path, fps: int) -> None:
-    """uint8 [F, H, W, 3] as H.264, or as a picture when the name says so."""
+    """uint8 [F, H, W, 3] as H.264, as a picture (.png) or as it is (.npy, which takes no ffmpeg)."""
+    if file.suffix == ".npy":
+        np.save(file, frames.numpy())
+        return
     _, height, width, _ = frames.shape
     coding = [] if file.suffix == ".png" else ["-c:v", "libx264", "-crf", "12", "-pix_fmt", "yuv420p"]
     part = file.with_name(f".part{file.suffix}")
@@ -127,6 +131,7 @@ def add_sample_arguments(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--topk", type=float)
     parser.add_argument("--captions", type=Path, required=True, help='JSON list of {"file", "caption"}; clip i has seed i')
     parser.add_argument("--out", type=Path, required=True, help="folder; files that are there already stay")
+    parser.add_argument("--raw", action="store_true", help="frames as .npy, for machines without ffmpeg")
     parser.add_argument("--size", default="256x256")
     parser.add_argument("--frames", type=int, default=33)
     parser.add_argument("--steps", type=int, default=20)
@@ -144,7 +149,9 @@ def run_sample(args: argparse.Namespace, device: torch.device) -> int:
     width, height = map(int, args.size.lower().split("x"))
     shape = ((args.frames - 1) // 4 + 1, height // 8, width // 8)
     args.out.mkdir(parents=True, exist_ok=True)
-    wanted = [i for i, entry in enumerate(entries) if not (args.out / entry["file"]).exists()]
+    files = [args.out / entry["file"] for entry in entries]
+    files = [file.with_suffix(".npy") if args.raw else file for file in files]
+    wanted = [i for i, file in enumerate(files) if not file.exists()]
     sampler, begin = Sampler(args.model, args.adapter, args.attention, args.topk, device), time.time()
     for first in range(0, len(wanted), args.batch):
         if deadline.over():
@@ -152,6 +159,6 @@ def run_sample(args: argparse.Namespace, device: torch.device) -> int:
         seeds = wanted[first:first + args.batch]
         clips = sampler.draw([entries[i]["caption"] for i in seeds], seeds, shape, args.steps, args.guidance, args.shift)
         for i, clip in zip(seeds, clips):
-            write_clip(clip, args.out / entries[i]["file"], args.fps)
+            write_clip(clip, files[i], args.fps)
         print(f"{first + len(seeds)}/{len(wanted)} clips, {time.time() - begin:.1f} s", flush=True)
     return 0
