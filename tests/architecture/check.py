@@ -150,7 +150,8 @@ def check_sources(root):
 
 
 def room_flags(commands):
-    """Per folder with a compiled C++ source: compiler and the flags that find and read headers."""
+    """Per folder with a compiled C++ source: compiler and the flags that find and read headers, of
+    the source that is given most."""
     flags = {}
     for entry in commands:
         if not entry["file"].endswith(".cc"):
@@ -162,7 +163,9 @@ def room_flags(commands):
             if takes_next or word.startswith(("-I", "-D", "-std", "-f", "-m", "-W", "-isystem")):
                 kept.append(word)
             takes_next = word in ("-isystem", "-I", "-D") and not takes_next
-        flags.setdefault(os.path.dirname(entry["file"]), (kept, entry["directory"]))
+        folder = os.path.dirname(entry["file"])
+        if folder not in flags or len(kept) > len(flags[folder][0]):
+            flags[folder] = (kept, entry["directory"])
     return flags
 
 

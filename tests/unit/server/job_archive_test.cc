@@ -2,6 +2,7 @@
 #include "server/job_archive.h"
 
 #include <gtest/gtest.h>
+#include <unistd.h>
 
 #include <filesystem>
 #include <fstream>
@@ -51,7 +52,9 @@ class JobArchiveTest : public testing::Test {
   }
   std::string FileOf(const std::string& name) const { return folder_ + "/jobs/" + name; }
 
-  const std::string folder_ = testing::TempDir() + "/slalom_archive_test";
+  // Of this process: cases may run side by side.
+  const std::string folder_ =
+      testing::TempDir() + "/slalom_archive_test_" + std::to_string(getpid());
 };
 
 ErrorCode CodeOf(const std::function<void()>& action) {
