@@ -2,6 +2,7 @@
 
 #include <gtest/gtest.h>
 #include <sys/stat.h>
+#include <unistd.h>
 
 #include <cstdio>
 #include <filesystem>
@@ -29,7 +30,9 @@ class OutputFileTest : public testing::Test {
     text << file.rdbuf();
     return text.str();
   }
-  const std::string folder_ = testing::TempDir() + "/slalom_output_test";
+  // Of this process: cases may run side by side.
+  const std::string folder_ =
+      testing::TempDir() + "/slalom_output_test_" + std::to_string(getpid());
   const std::string path_ = folder_ + "/out.mp4";
 };
 
