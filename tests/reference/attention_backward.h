@@ -59,10 +59,20 @@ void AddScaled(Real factor, const std::vector<Real>& x, std::vector<Real>& to) {
   for (std::size_t c = 0; c < x.size(); ++c) to[c] += factor * x[c];
 }
 
-// d_q, d_k, d_v [B, L, H, D] += the sparse branch's gradients.
+// What the output holds beside the sparse branch.
+template <typename P>
+Array BesideSparse(Array out, const Array& q, const Array& k, const Array& v, const Classes& map) {
+  const Array sparse = SparseBranch<P>(q, k, v, map);
+  for (std::int64_t i = 0; i < out.size(); ++i) out[i] -= sparse[i];
+  return out;
+}
+
+// d_q, d_k, d_v [B, L, H, D] += the sparse branch's gradients. The branch's output is had as a
+// plain implementation has it: from the whole output as it was stored, less the `rest`.
 template <typename P>
 void SparseBranchBackward(const Array& q, const Array& k, const Array& v, const Classes& map,
-                          const Array& d_out, Array& d_q, Array& d_k, Array& d_v) {
+                          const Array& rest, const Array& d_out, Array& d_q, Array& d_k,
+                          Array& d_v) {
   using Real = typename P::Real;
   const std::int64_t length = q.dim(1), heads = q.dim(2), size = q.dim(3);
   const Real scale = static_cast<Real>(1.0 / std::sqrt(static_cast<double>(size)));
@@ -80,7 +90,12 @@ void SparseBranchBackward(const Array& q, const Array& k, const Array& v, const 
         auto out = SoftmaxRow<P>(
             q, k, v, b, h, static_cast<std::int64_t>(i), keys, static_cast<double>(scale),
             [](std::int64_t) { return 0.0; }, &lse);
-        for (Real& x : out) x = P::Store(x);
+        for (std::size_t c = 0; c < out.size(); ++c) {
+          const auto at = ((b * length + static_cast<std::int64_t>(i)) * heads + h) * size +
+                          static_cast<std::int64_t>(c);
+          const Real other = rest.defined() ? static_cast<Real>(rest[at]) : Real(0);
+          out[c] = P::Store(out[c] + other) - other;
+        }
         const Real delta = Dot(out, ds[i]);
         for (const std::int64_t key : keys) {
           const auto j = static_cast<std::size_t>(key);
@@ -155,11 +170,16 @@ std::vector<Real> FeatureBackward(FeatureMap map, const std::vector<Real>& x,
 template <typename P>
 SlaGradients SlaBackward(const Array& q, const Array& k, const Array& v, const Classes& map,
                          LinearScope scope, FeatureMap feature_map, const Array& proj_weight,
-                         const Array& d_out) {
+                         const Array& proj_bias, const Array& d_out) {
   using Real = typename P::Real;
   const std::int64_t length = q.dim(1), heads = q.dim(2), size = q.dim(3);
   SlaGradients g{Array(q.shape), Array(q.shape), Array(q.shape), {}, {}};
-  SparseBranchBackward<P>(q, k, v, map, d_out, g.q, g.k, g.v);
+  Array rest;
+  if (proj_weight.defined()) {
+    rest = BesideSparse<P>(Sla<P>(q, k, v, map, scope, feature_map, proj_weight, proj_bias), q, k,
+                           v, map);
+  }
+  SparseBranchBackward<P>(q, k, v, map, rest, d_out, g.q, g.k, g.v);
   if (!proj_weight.defined()) return g;
   g.proj_weight = Array(proj_weight.shape);
   g.proj_bias = Array(Shape{size});
@@ -329,7 +349,11 @@ SaladGradients SaladBackward(const SaladInputs& in, const Classes& map, const Ar
   g.q = g.k = g.v = Array(by_head);
   Array d_heads = d_out;
   d_heads.shape = by_head;
-  SparseBranchBackward<P>(in.q, in.k, in.v, map, d_heads, g.q, g.k, g.v);
+  Array rest;
+  if (in.proj_weight.defined()) {
+    rest = BesideSparse<P>(Salad<P>(in, map), in.q, in.k, in.v, map);
+  }
+  SparseBranchBackward<P>(in.q, in.k, in.v, map, rest, d_heads, g.q, g.k, g.v);
   if (!in.proj_weight.defined()) return g;
   std::vector<std::int64_t> keys(static_cast<std::size_t>(length));
   std::iota(keys.begin(), keys.end(), 0);

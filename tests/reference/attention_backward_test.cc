@@ -75,7 +75,7 @@ TEST_F(AttentionBackwardReference, Sla) {
       const Array slope = Random(shape);
       const Classes map = RandomMap(1, 2, 23, 8, 4);
       const auto forward = [&] { return Sla<Exact>(q, k, v, map, scope, feature, weight, bias); };
-      const SlaGradients g = SlaBackward<Exact>(q, k, v, map, scope, feature, weight, slope);
+      const SlaGradients g = SlaBackward<Exact>(q, k, v, map, scope, feature, weight, bias, slope);
       Expect("q", q, g.q, slope, forward);
       Expect("k", k, g.k, slope, forward);
       Expect("v", v, g.v, slope, forward);

@@ -96,7 +96,7 @@ class AttentionBackwardTest : public OpTest {
     backend().SlaAttentionBackward(args);
     const auto run = [&](auto policy) {
       return reference::SlaBackward<decltype(policy)>(q, k, v, map, c.scope, c.feature_map, weight,
-                                                      d_out);
+                                                      bias, d_out);
     };
     const reference::SlaGradients exact = run(Exact{});
     const reference::SlaGradients plain =
@@ -214,7 +214,8 @@ class AttentionBackwardTest : public OpTest {
     Expect(args.d_proj_weight, exact.proj_weight, plain.proj_weight, "SALAD d_proj_weight");
     Expect(args.d_proj_bias, exact.proj_bias, plain.proj_bias, "SALAD d_proj_bias");
     Expect(args.d_gate_weight, exact.gate_weight, plain.gate_weight, "SALAD d_gate_weight");
-    Expect(args.d_gate_bias, exact.gate_bias, plain.gate_bias, "SALAD d_gate_bias");
+    // One number, a sum whose terms nearly cancel: it carries the rounding of the largest of them.
+    ExpectClose(args.d_gate_bias, exact.gate_bias, plain.gate_bias, "SALAD d_gate_bias", 1024.0);
   }
 };
 
@@ -231,7 +232,7 @@ TEST_P(AttentionBackwardTest, SlaScopesAndFeatureMaps) {
 }
 
 TEST_P(AttentionBackwardTest, SlaShapes) {
-  RunSla({.length = 40}, RandomClasses(1, 1, 40, 16, 8));
+  RunSla({2, 90, 3, 64}, RandomClasses(2, 3, 90, 16, 8));
   RunSla({.length = 63}, RandomClasses(1, 1, 63, 64, 64));
   RunSla({.length = 200, .heads = 2, .size = 40, .scope = LinearScope::kMarginal},
          RandomClasses(1, 2, 200, 48, 24));
@@ -270,7 +271,7 @@ TEST_P(AttentionBackwardTest, SaladMapsAndGates) {
       RunSalad({3, 5, 7}, window, gate, true, 2, 32, 16);
     }
   }
-  RunSalad({1, 3, 2}, false, SaladGate::kToken, true, 1, 64, 2);
+  RunSalad({1, 5, 9}, false, SaladGate::kToken, true, 2, 64, 4);
   RunSalad({3, 4, 5}, true, SaladGate::kToken, false, 2, 32, 16);
 }
 

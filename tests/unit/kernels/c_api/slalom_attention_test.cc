@@ -147,7 +147,7 @@ TEST_F(SlaCApi, ForwardAndBackwardAgreeWithTheReference) {
   ASSERT_EQ(slalom_sla_backward(context_, &args), SLALOM_OK) << slalom_context_error(context_);
   const auto exact =
       reference::SlaBackward<Exact>(data_.q, data_.k, data_.v, data_.map, LinearScope::kNonCritical,
-                                    FeatureMap::kElu, data_.weight, data_.d_out);
+                                    FeatureMap::kElu, data_.weight, data_.bias, data_.d_out);
   ExpectNear(data_.d_q, exact.q, "d_q");
   ExpectNear(data_.d_k, exact.k, "d_k");
   ExpectNear(data_.d_v, exact.v, "d_v");

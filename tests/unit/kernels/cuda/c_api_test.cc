@@ -123,7 +123,7 @@ TEST_F(CApiOnCuda, SlaForwardAndBackwardOnTheCallersStream) {
                                    weight, bias),
              "out");
   const auto exact = reference::SlaBackward<Exact>(q, k, v, map, LinearScope::kMarginal,
-                                                   FeatureMap::kSoftmax, weight, d_out);
+                                                   FeatureMap::kSoftmax, weight, bias, d_out);
   ExpectNear(gradients[0], exact.q, "d_q");
   ExpectNear(gradients[1], exact.k, "d_k");
   ExpectNear(gradients[2], exact.v, "d_v");
