@@ -325,8 +325,10 @@ void JobTable::End(const JobPtr& job, const std::optional<Error>& error) {
     Changed();
   }
   job->request.sink->OnDone(result);
-  // The sink may hold a handle, which holds the job: break the circle.
+  // The sink may hold a handle, which holds the job: break the circle. Handles live on, with
+  // nothing in them that is large.
   job->request.sink.reset();
+  job->checkpoint.reset();
 
   const std::lock_guard lock(mutex_);
   finished_.push_front(StatusLocked(*job, {}));

@@ -165,9 +165,11 @@ v1::Job JobRecord::Failed(const Error& error) const {
 }
 
 void JobRecord::End(v1::Job ended) {
+  std::optional<JobHandle> dropped;  // after the lock
   {
     std::lock_guard lock(mutex_);
     if (Ended(job_)) return;
+    dropped.swap(handle_);
     job_ = std::move(ended);
     end_time_ = SchedulerClock::now();
     SetError();

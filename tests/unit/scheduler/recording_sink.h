@@ -49,6 +49,11 @@ class RecordingSink : public JobSink {
     ++done_;
     result_ = result;
   }
+  void OnCheckpoint(const Checkpoint& checkpoint) override {
+    const Call call(*this);
+    ++checkpoints_;
+    checkpoint_ = checkpoint;
+  }
   bool WantsFrames() const noexcept override {
     const std::lock_guard lock(mutex_);
     return room_ > 0;
@@ -79,6 +84,9 @@ class RecordingSink : public JobSink {
   // Calls after OnDone, before OnAccepted, overlapping ones, frames out of order: must stay 0.
   int violations() const { return Locked(violations_); }
   JobStatus accepted() const { return Locked(accepted_).value(); }
+  int checkpoints() const { return Locked(checkpoints_); }
+  // The newest one, not kept by this sink.
+  std::weak_ptr<const std::vector<std::byte>> checkpoint() const { return Locked(checkpoint_); }
   JobResult result() const { return Locked(result_).value(); }
   std::vector<Progress> progress() const { return Locked(progress_); }
   std::optional<ErrorCode> code() const {
@@ -125,6 +133,8 @@ class RecordingSink : public JobSink {
   int violations_ = 0;
   std::optional<int> fail_at_step_;
   std::optional<JobStatus> accepted_;
+  int checkpoints_ = 0;
+  std::weak_ptr<const std::vector<std::byte>> checkpoint_;
   std::optional<JobResult> result_;
   std::vector<Progress> progress_;
   JobHandle handle_;

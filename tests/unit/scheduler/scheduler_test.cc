@@ -79,6 +79,22 @@ TEST_F(SchedulerTest, ResultSaysWhereTheTimeWent) {
   EXPECT_GE(scheduler_->Stats().devices[0].busy_seconds + rounding, result.device_seconds);
 }
 
+TEST_F(SchedulerTest, HandlesOfEndedJobsKeepNoCheckpoint) {
+  Start();
+  const auto sink = std::make_shared<RecordingSink>();  // it has a handle
+  JobRequest request = Request("a", sink);
+  request.checkpoint_seconds = 1e-9;
+  scheduler_->Submit(std::move(request));
+  ASSERT_TRUE(sink->WaitDone());
+  EXPECT_GT(sink->checkpoints(), 0);
+  const auto made = sink->checkpoint();
+  const auto give_up = SchedulerClock::now() + std::chrono::seconds(10);
+  while (!made.expired() && SchedulerClock::now() < give_up) {
+    std::this_thread::sleep_for(milliseconds(1));
+  }
+  EXPECT_TRUE(made.expired());
+}
+
 TEST_F(SchedulerTest, FirstComeFirstServed) {
   journal().Hold();
   Start();
