@@ -310,12 +310,20 @@ class Soaker {
 
   // --- checks ---
 
+  // The first call after a restart may find the connection to the process that was killed.
   std::vector<v1::Job> ListJobs() {
-    grpc::ClientContext context;
-    v1::ListJobsResponse response;
-    const grpc::Status status = stub_->ListJobs(&context, {}, &response);
-    if (!status.ok()) Problem("ListJobs: " + status.error_message());
-    return {response.jobs().begin(), response.jobs().end()};
+    const auto give_up = Clock::now() + kPatience;
+    while (true) {
+      grpc::ClientContext context;
+      v1::ListJobsResponse response;
+      const grpc::Status status = stub_->ListJobs(&context, {}, &response);
+      if (status.ok()) return {response.jobs().begin(), response.jobs().end()};
+      if (status.error_code() != StatusCode::UNAVAILABLE || Clock::now() >= give_up) {
+        Problem("ListJobs: " + status.error_message());
+        return {};
+      }
+      std::this_thread::sleep_for(milliseconds(50));
+    }
   }
 
   void WaitUntilIdle() {
