@@ -187,21 +187,6 @@ __device__ void FinishHalf(const RowParameters& p, RowTiles<kD>& tiles,
   }
 }
 
-// A warp's 16 rows of a tile to memory, those below `rows`.
-template <int kD>
-__device__ inline void StoreTile(const bf16 (&tile)[kTile][kD], int row, int rows, bf16* out,
-                                 std::int64_t row_stride) {
-  constexpr int kChunks = kD / 8;
-  const auto* base = reinterpret_cast<const std::byte*>(&tile);
-#pragma unroll
-  for (int i = threadIdx.x % 32; i < 16 * kChunks; i += 32) {
-    const int r = row + i / kChunks;
-    if (r >= rows) break;
-    *reinterpret_cast<uint4*>(out + r * row_stride + i % kChunks * 8) =
-        *reinterpret_cast<const uint4*>(base + SwizzledOffset<kChunks>(r, i % kChunks));
-  }
-}
-
 // One tile of rows, of which a warp has 16 from `row` on; `token` is the tile's first.
 template <int kD, bool kQueries>
 __device__ void RowTile(const RowParameters& p, RowTiles<kD>& tiles, int row, std::int64_t token,
@@ -285,8 +270,8 @@ __global__ void __launch_bounds__(kRowThreads, 2) RowKernel(const RowParameters 
     __syncthreads();
     RowTile<kD, kQueries>(p, tiles, row, token, head_index * p.length);
     __syncwarp();
-    StoreTile<kD>(tiles.x, row, rows, p.product + at, row_stride);
-    StoreTile<kD>(tiles.y, row, rows, p.d_x + at, row_stride);
+    StoreTileRows<kD>(tiles.x, row, rows, p.product + at, row_stride);
+    StoreTileRows<kD>(tiles.y, row, rows, p.d_x + at, row_stride);
     __syncthreads();  // the tiles are free
   }
 }

@@ -2,10 +2,10 @@
 // a warp owns 16 query rows, keeps Q, the scores and the output in registers, and walks along the
 // key blocks, which cp.async brings one ahead.
 #include "kernels/cuda/attention/key_blocks.cuh"
+#include "kernels/cuda/attention/mma_tiles.cuh"
 #include "kernels/cuda/attention/online_softmax.cuh"
 #include "kernels/cuda/attention/problem.h"
 #include "kernels/cuda/check.h"
-#include "kernels/cuda/mma.cuh"
 
 namespace slalom::cuda {
 namespace {
@@ -32,37 +32,6 @@ struct alignas(128) SharedTiles {
   bf16 k[2][kKeyBlock][kD];
   bf16 v[2][kKeyBlock][kD];
 };
-
-// Brings one block of 64 keys; rows beyond the last key become zeros.
-template <int kD, int kThreads>
-__device__ void CopyKeyBlock(bf16 (&to)[kKeyBlock][kD], const bf16* from, std::int64_t row_stride,
-                             int keys) {
-  constexpr int kChunks = kD / 8;
-  const auto base = static_cast<std::uint32_t>(__cvta_generic_to_shared(&to));
-#pragma unroll
-  for (int i = threadIdx.x; i < kKeyBlock * kChunks; i += kThreads) {
-    const int row = i / kChunks;
-    const int chunk = i % kChunks;
-    CopyAsync16(base + SwizzledOffset<kChunks>(row, chunk), from + row * row_stride + chunk * 8,
-                row < keys);
-  }
-}
-
-// Q fragments straight from memory: they are read once.
-template <int kD>
-__device__ void LoadQuery(std::uint32_t (&q)[kD / 16][4], const bf16* from, std::int64_t row_stride,
-                          int row, int length) {
-  const int column = 2 * (threadIdx.x % 4);
-#pragma unroll
-  for (int step = 0; step < kD / 16; ++step) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int at = row + i % 2 * 8;
-      const bf16* pair = from + at * row_stride + step * 16 + i / 2 * 8 + column;
-      q[step][i] = at < length ? *reinterpret_cast<const std::uint32_t*>(pair) : 0u;
-    }
-  }
-}
 
 template <int kD>
 __device__ void ComputeScores(float (&scores)[kScores], const std::uint32_t (&q)[kD / 16][4],
@@ -176,14 +145,14 @@ __global__ void __launch_bounds__(kWarps * 32, kD == 64 ? 12 / kWarps : 8 / kWar
   const auto copy = [&](int block) {
     const int start = keys.Start(block);
     const std::int64_t offset = kv_start + start * stride;
-    CopyKeyBlock<kD, kThreads>(shared.k[block % 2], parameters.k + offset, stride,
-                               parameters.k_length - start);
-    CopyKeyBlock<kD, kThreads>(shared.v[block % 2], parameters.v + offset, stride,
-                               parameters.k_length - start);
+    CopyTile<kD, kThreads>(shared.k[block % 2], parameters.k + offset, stride,
+                           parameters.k_length - start);
+    CopyTile<kD, kThreads>(shared.v[block % 2], parameters.v + offset, stride,
+                           parameters.k_length - start);
   };
 
   std::uint32_t q[kD / 16][4];
-  LoadQuery<kD>(
+  LoadRowFragments<kD>(
       q,
       parameters.q + static_cast<std::int64_t>(sample) * parameters.q_length * stride + head * kD,
       stride, row, parameters.q_length);

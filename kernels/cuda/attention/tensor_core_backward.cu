@@ -4,10 +4,9 @@
 // What a product leaves in registers (P, dS, or their transposes) is the next one's left operand.
 #include "kernels/cuda/attention/backward.h"
 #include "kernels/cuda/attention/key_blocks.cuh"
+#include "kernels/cuda/attention/mma_tiles.cuh"
 #include "kernels/cuda/attention/online_softmax.cuh"
 #include "kernels/cuda/check.h"
-#include "kernels/cuda/mma.cuh"
-#include "kernels/cuda/vector.cuh"
 
 namespace slalom::cuda {
 namespace {
@@ -34,35 +33,6 @@ struct alignas(128) SharedTiles {
   float lse[2][kTile];        // of the queries, where they are the other side; times log2(e)
   float delta[2][kTile];
 };
-
-template <int kD>
-__device__ void CopyBlock(bf16 (&to)[kTile][kD], const bf16* from, std::int64_t row_stride,
-                          int rows) {
-  constexpr int kChunks = kD / 8;
-  const auto base = static_cast<std::uint32_t>(__cvta_generic_to_shared(&to));
-#pragma unroll
-  for (int i = threadIdx.x; i < kTile * kChunks; i += kThreads) {
-    const int row = i / kChunks, chunk = i % kChunks;
-    CopyAsync16(base + SwizzledOffset<kChunks>(row, chunk), from + row * row_stride + chunk * 8,
-                row < rows);
-  }
-}
-
-// The 16 rows of a warp as A fragments, straight from memory: they are read once.
-template <int kD>
-__device__ void LoadOwn(std::uint32_t (&own)[kD / 16][4], const bf16* from, std::int64_t row_stride,
-                        int row, int length) {
-  const int column = 2 * (threadIdx.x % 4);
-#pragma unroll
-  for (int step = 0; step < kD / 16; ++step) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int at = row + i % 2 * 8;
-      const bf16* pair = from + at * row_stride + step * 16 + i / 2 * 8 + column;
-      own[step][i] = at < length ? *reinterpret_cast<const std::uint32_t*>(pair) : 0u;
-    }
-  }
-}
 
 // products = own rows times 16 rows of a tile, from `first_row` on: two fragments of 8 columns.
 template <int kD>
@@ -157,8 +127,8 @@ struct Walk {
   __device__ void Copy(int i, const bf16* first, const bf16* second, bool queries) {
     const int block = blocks.Start(i), stage = i % 2;
     const std::int64_t offset = start + block * stride;
-    CopyBlock<kD>(shared.first[stage], first + offset, stride, p.length - block);
-    CopyBlock<kD>(shared.second[stage], second + offset, stride, p.length - block);
+    CopyTile<kD, kThreads>(shared.first[stage], first + offset, stride, p.length - block);
+    CopyTile<kD, kThreads>(shared.second[stage], second + offset, stride, p.length - block);
     const int row = threadIdx.x;
     if (queries && row < kTile) {
       const bool there = block + row < p.length;
@@ -191,8 +161,8 @@ __global__ void __launch_bounds__(kThreads, 2) QueryGradientKernel(const Paramet
   Walk<kD> walk(p, *reinterpret_cast<SharedTiles<kD>*>(dynamic_shared));
   const int row = Walk<kD>::Row();
   std::uint32_t q[kD / 16][4], d_out[kD / 16][4];
-  LoadOwn<kD>(q, p.q + walk.start, walk.stride, row, p.length);
-  LoadOwn<kD>(d_out, p.d_out + walk.start, walk.stride, row, p.length);
+  LoadRowFragments<kD>(q, p.q + walk.start, walk.stride, row, p.length);
+  LoadRowFragments<kD>(d_out, p.d_out + walk.start, walk.stride, row, p.length);
   float lse[2], delta[2], sums[kD / 8][4] = {};
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
@@ -232,8 +202,8 @@ __global__ void __launch_bounds__(kThreads, 2) KeyGradientKernel(const Parameter
   Walk<kD> walk(p, *reinterpret_cast<SharedTiles<kD>*>(dynamic_shared));
   const int row = Walk<kD>::Row();
   std::uint32_t k[kD / 16][4], v[kD / 16][4];
-  LoadOwn<kD>(k, p.k + walk.start, walk.stride, row, p.length);
-  LoadOwn<kD>(v, p.v + walk.start, walk.stride, row, p.length);
+  LoadRowFragments<kD>(k, p.k + walk.start, walk.stride, row, p.length);
+  LoadRowFragments<kD>(v, p.v + walk.start, walk.stride, row, p.length);
   float d_k[kD / 8][4] = {}, d_v[kD / 8][4] = {};
   const float scale_log2 = p.scale * kLog2E;
   const int column = 2 * (threadIdx.x % 4);

@@ -178,21 +178,6 @@ __device__ inline void MultiplyTile(const ApplyParameters& p, const ApplyTiles<k
   Multiply<kD>(linear, tiles.weight, sums);
 }
 
-// A warp's 16 rows from shared memory, those below `rows`.
-template <int kD>
-__device__ inline void StoreRows(const bf16 (&tile)[kTile][kD], int row, int rows, bf16* out,
-                                 std::int64_t row_stride) {
-  constexpr int kChunks = kD / 8;
-  const auto* base = reinterpret_cast<const std::byte*>(&tile);
-#pragma unroll
-  for (int i = threadIdx.x % 32; i < 16 * kChunks; i += 32) {
-    const int r = row + i / kChunks;
-    if (r >= rows) break;
-    *reinterpret_cast<uint4*>(out + r * row_stride + i % kChunks * 8) =
-        *reinterpret_cast<const uint4*>(base + SwizzledOffset<kChunks>(r, i % kChunks));
-  }
-}
-
 // Grid (groups of p.tiles tiles of queries, heads).
 template <int kD>
 __global__ void __launch_bounds__(kApplyThreads) ApplyKernel(const ApplyParameters p) {
@@ -239,7 +224,8 @@ __global__ void __launch_bounds__(kApplyThreads) ApplyKernel(const ApplyParamete
     MultiplyTile<kD>(p, tiles, tile.q, row, first + i * kTile + row, sums);
     FinishTile<kD>(p, tile.out, row, sums);
     __syncwarp();
-    StoreRows<kD>(tile.out, row, rows_of(i), p.out + start + i * kTile * row_stride, row_stride);
+    StoreTileRows<kD>(tile.out, row, rows_of(i), p.out + start + i * kTile * row_stride,
+                      row_stride);
     __syncthreads();  // the tile is free
   }
 }
