@@ -89,7 +89,7 @@ fi
 # --- the ladder ---
 : >"$results/table.txt"
 : >"$logs/failures.txt"
-names='*'; parts='copy norm linear conv mma.sync products hopper sparse sla backward'
+names='*'; parts='copy norm linear conv mma.sync products hopper sparse map sla salad backward'
 [ "$mode" = rungs ] && names=$3 parts=''
 [ "$mode" = times ] && names='' parts=$3
 rung() {  # NAME PROGRAM FILTER SECONDS

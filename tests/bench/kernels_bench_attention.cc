@@ -1,0 +1,364 @@
+// Attention, at the sizes of Wan2.1 on random data.
+#include <cmath>
+#include <string>
+
+#include "kernels/core/error.h"
+#include "kernels/cuda/attention/backward.h"
+#include "kernels/cuda/attention/block_map.h"
+#include "kernels/cuda/attention/linear_branch.h"
+#include "kernels/cuda/attention/problem.h"
+#include "kernels/cuda/attention/sla.h"
+#include "tests/bench/kernels_bench.h"
+
+namespace slalom {
+namespace {
+
+constexpr DType kBF16 = DType::kBF16;
+constexpr DType kF32 = DType::kF32;
+
+void BenchDense(Bench& bench, std::int64_t q_length, std::int64_t k_length, std::int64_t heads,
+                int head_size, cuda::AttentionKernel kernel, const std::string& name) {
+  if (!bench.Wanted(name)) return;
+  const Shape q_shape{1, q_length, heads, head_size};
+  const Shape k_shape{1, k_length, heads, head_size};
+  const Tensor q = bench.Random(q_shape, kBF16), k = bench.Random(k_shape, kBF16);
+  const Tensor v = bench.Random(k_shape, kBF16), out = bench.Empty(q_shape, kBF16);
+  cuda::AttentionProblem problem;
+  problem.q = q.raw();
+  problem.k = k.raw();
+  problem.v = v.raw();
+  problem.out = out.raw();
+  problem.batch = 1;
+  problem.heads = heads;
+  problem.q_length = q_length;
+  problem.k_length = k_length;
+  problem.head_size = head_size;
+  problem.scale = 1.0f / std::sqrt(static_cast<float>(head_size));
+  bench.Flops(name, 4.0 * q_length * k_length * heads * head_size,
+              [&] { cuda::RunAttention(bench.backend().context(), problem, kernel); });
+}
+
+void BenchDenseShapes(Bench& bench) {
+  using cuda::AttentionKernel;
+  BenchDense(bench, kTokens, kTokens, kHeads, 128, AttentionKernel::kTensorCore,
+             "attention mma.sync 32760 d128");
+  BenchDense(bench, 512, 512, 64, 64, AttentionKernel::kTensorCore, "attention mma.sync UMT5");
+  BenchDense(bench, 6240, 6240, 1, 384, AttentionKernel::kProduct, "attention products VAE frame");
+  if (bench.backend().context().compute_major != 9) return;
+  const auto hopper = AttentionKernel::kHopper;
+  BenchDense(bench, kTokens, kTokens, kHeads, 128, hopper, "attention hopper 32760 d128");
+  BenchDense(bench, 32768, 32768, kHeads, 128, hopper, "attention hopper 32768 d128");
+  BenchDense(bench, 32768, 32768, kHeads, 64, hopper, "attention hopper 32768 d64");
+  BenchDense(bench, kTokens, 512, kHeads, 128, hopper, "attention hopper cross 32760x512");
+}
+
+// Block-sparse attention of one shape and setting.
+struct SparseCase {
+  std::int64_t tokens = kTokens;
+  std::int64_t heads = kHeads;
+  int block_q = 128;
+  double topk = 0.05;
+  LinearScope scope = LinearScope::kAll;
+
+  std::int64_t KeyBlocks() const { return (tokens + 63) / 64; }
+  Shape shape() const { return {1, tokens, heads, kHeadSize}; }
+  BlockMapOptions options() const {
+    BlockMapOptions options;
+    options.topk = topk;
+    options.block_q = block_q;
+    return options;
+  }
+  // Of the critical pairs' two products.
+  double Flops() const {
+    return 4.0 * tokens * CriticalBlocks(topk, KeyBlocks()) * 64.0 * heads * kHeadSize;
+  }
+};
+
+BlockMapArgs MapArgs(const SparseCase& c, const Tensor& q, const Tensor& k) {
+  BlockMapArgs args{.q = q, .k = k};
+  args.options = c.options();
+  return args;
+}
+
+void BenchMap(Bench& bench, const SparseCase& c, const std::string& name) {
+  if (!bench.Wanted(name)) return;
+  const Tensor q = bench.Random(c.shape(), kBF16), k = bench.Random(c.shape(), kBF16);
+  const BlockMapArgs args = MapArgs(c, q, k);
+  Backend& backend = bench.backend();
+  bench.Bytes(name, 2.0 * q.NumBytes(), [&] { backend.MakeBlockMap(args); });
+  bench.Bytes(name + " by the library", 2.0 * q.NumBytes(), [&] {
+    cuda::MakeBlockMap(bench.backend().context(), args, cuda::RankWay::kLibrary);
+  });
+  const std::int64_t width = c.heads * kHeadSize;
+  BlockMapArgs from_means = args;
+  from_means.q_means = bench.Random({1, (c.tokens + c.block_q - 1) / c.block_q, width}, kF32);
+  from_means.k_means = bench.Random({1, c.KeyBlocks(), width}, kF32);
+  bench.Bytes(name + " from means", from_means.q_means.NumBytes(),
+              [&] { backend.MakeBlockMap(from_means); });
+}
+
+// The sparse branch alone.
+void BenchSparse(Bench& bench, const SparseCase& c, const std::string& name) {
+  if (!bench.Wanted(name)) return;
+  const Tensor q = bench.Random(c.shape(), kBF16), k = bench.Random(c.shape(), kBF16);
+  const Tensor v = bench.Random(c.shape(), kBF16);
+  const BlockMap map = bench.backend().MakeBlockMap(MapArgs(c, q, k));
+  SlaArgs args{.q = q, .k = k, .v = v, .map = &map};
+  args.out = bench.Empty(c.shape(), kBF16);
+  bench.Flops(name, c.Flops(), [&] { bench.backend().SlaAttention(args); });
+}
+
+// Map, sparse and linear branch; and with `parts` less of them.
+void BenchSla(Bench& bench, const SparseCase& c, bool parts, const std::string& name) {
+  if (!bench.Wanted(name)) return;
+  const Tensor q = bench.Random(c.shape(), kBF16), k = bench.Random(c.shape(), kBF16);
+  const BlockMapArgs map_args = MapArgs(c, q, k);
+  Backend& backend = bench.backend();
+  const BlockMap map = backend.MakeBlockMap(map_args);
+  SlaArgs args{.q = q, .k = k, .v = bench.Random(c.shape(), kBF16), .map = &map, .scope = c.scope};
+  args.proj_weight = bench.Random({kHeadSize, kHeadSize}, kF32);
+  args.proj_bias = bench.Random({kHeadSize}, kF32);
+  args.out = bench.Empty(c.shape(), kBF16);
+  if (parts) {
+    bench.Flops(name, c.Flops(), [&] { backend.SlaAttention(args); });
+    bench.Flops(name + ": in two kernels", c.Flops(), [&] {
+      cuda::SlaAttention(bench.backend().context(), args, cuda::SlaWay::kSeparate);
+    });
+  }
+  bench.Flops(name + ": with map", c.Flops(), [&] {
+    const BlockMap own = backend.MakeBlockMap(map_args);
+    SlaArgs with_map = args;
+    with_map.map = &own;
+    backend.SlaAttention(with_map);
+  });
+}
+
+// SALAD's layer between its projections: both branches, gate and mixing; with `map`, the map too.
+void BenchSalad(Bench& bench, const SparseCase& c, const std::string& name) {
+  if (!bench.Wanted(name)) return;
+  const std::int64_t width = c.heads * kHeadSize;
+  const Tensor q = bench.Random(c.shape(), kBF16), k = bench.Random(c.shape(), kBF16);
+  const BlockMapArgs map_args = MapArgs(c, q, k);
+  Backend& backend = bench.backend();
+  const BlockMap map = backend.MakeBlockMap(map_args);
+  SaladArgs args{.q = q, .k = k, .v = bench.Random(c.shape(), kBF16)};
+  args.q_normed = bench.Random(c.shape(), kBF16);
+  args.k_normed = bench.Random(c.shape(), kBF16);
+  args.cos = bench.Random({c.tokens, kHeadSize / 2}, kF32);
+  args.sin = bench.Random({c.tokens, kHeadSize / 2}, kF32);
+  args.x = bench.Random({1, c.tokens, width}, kBF16);
+  args.map = &map;
+  args.proj_weight = bench.Random({width, width}, kBF16, 0.02f);
+  args.proj_bias = bench.Random({width}, kF32);
+  args.gate_weight = bench.Random({1, width}, kF32, 0.02f);
+  args.gate_bias = bench.Random({1}, kF32);
+  args.out = bench.Empty({1, c.tokens, width}, kBF16);
+  bench.Flops(name, c.Flops(), [&] { backend.SaladAttention(args); });
+  bench.Flops(name + ": with map", c.Flops(), [&] {
+    const BlockMap own = backend.MakeBlockMap(map_args);
+    SaladArgs with_map = args;
+    with_map.map = &own;
+    backend.SaladAttention(with_map);
+  });
+}
+
+// The linear branch alone, every head at once. Bytes: Q, K, V and out once.
+void BenchLinearBranch(Bench& bench, LinearScope scope, int block_q, cuda::Feature feature,
+                       const std::string& name) {
+  if (!bench.Wanted(name)) return;
+  const Shape shape{1, kTokens, kHeads, kHeadSize};
+  cuda::LinearBranchArgs args;
+  args.q = bench.Random(shape, kBF16);
+  args.k = bench.Random(shape, kBF16);
+  args.v = bench.Random(shape, kBF16);
+  args.out = bench.Empty(shape, kBF16);
+  args.feature = feature;
+  args.scope = scope;
+  BlockMapArgs map_args{.q = args.q, .k = args.k};
+  map_args.options.block_q = block_q;
+  const BlockMap map = bench.backend().MakeBlockMap(map_args);
+  args.map = &map;
+  if (feature == cuda::Feature::kRotatedRelu) {
+    args.cos = bench.Random({kTokens, kHeadSize / 2}, kF32);
+    args.sin = bench.Random({kTokens, kHeadSize / 2}, kF32);
+  } else {
+    args.proj_weight = bench.Random({kHeadSize, kHeadSize}, kF32);
+    args.proj_bias = bench.Random({kHeadSize}, kF32);
+    args.accumulate = true;
+    bench.backend().Zero(args.out);
+  }
+  bench.Bytes(name, 4.0 * args.q.NumBytes(),
+              [&] { cuda::LinearBranch(bench.backend().context(), args); });
+}
+
+// The first half of the linear branch, by both kernels. Bytes: K and V once, and the sums where
+// there is one per query block.
+void BenchStates(Bench& bench, LinearScope scope, const std::string& name) {
+  if (!bench.Wanted(name)) return;
+  const Shape shape{1, kTokens, kHeads, kHeadSize};
+  cuda::LinearBranchArgs args;
+  args.q = args.k = bench.Random(shape, kBF16);
+  args.v = bench.Random(shape, kBF16);
+  args.scope = scope;
+  const BlockMap map = bench.backend().MakeBlockMap({.q = args.q, .k = args.k});
+  args.map = &map;
+  args.proj_weight = bench.Random({kHeadSize, kHeadSize}, kF32);
+  const double states = scope == LinearScope::kAll ? 1 : (kTokens + 63) / 64;
+  const double bytes = 2.0 * args.k.NumBytes() + states * kHeads * kHeadSize * (kHeadSize + 1) * 2;
+  const cuda::Context& context = bench.backend().context();
+  for (const auto kernel : {cuda::StateKernelKind::kTensorCore,
+                            cuda::ChooseStateKernel(args.feature, context.compute_major)}) {
+    const bool hopper = kernel == cuda::StateKernelKind::kHopper;
+    bench.Bytes(name + (hopper ? ", wgmma" : ", mma.sync"), bytes, [&] {
+      cuda::VisitLinearStates(context, args, kernel, [](const cuda::LinearStates&) {});
+    });
+  }
+}
+
+// SLA's gradients: all of them, the sparse branch by each kernel, the linear branch. FLOP: the five
+// products that the critical pairs need, whatever is computed twice.
+void BenchBackward(Bench& bench, int block_q, double topk, LinearScope scope,
+                   const std::string& name) {
+  if (!bench.Wanted(name)) return;
+  const Shape shape{1, kTokens, kHeads, kHeadSize};
+  Backend& backend = bench.backend();
+  const cuda::Context& context = bench.backend().context();
+  SlaBackwardArgs args;
+  args.q = bench.Random(shape, kBF16);
+  args.k = bench.Random(shape, kBF16);
+  args.v = bench.Random(shape, kBF16);
+  args.d_out = bench.Random(shape, kBF16);
+  for (Tensor* x : {&args.out, &args.d_q, &args.d_k, &args.d_v}) *x = bench.Empty(shape, kBF16);
+  args.lse = bench.Empty({1, kHeads, kTokens}, kF32);
+  args.proj_weight = bench.Random({kHeadSize, kHeadSize}, kF32);
+  args.proj_bias = bench.Random({kHeadSize}, kF32);
+  args.d_proj_weight = bench.Empty({kHeadSize, kHeadSize}, kF32);
+  args.d_proj_bias = bench.Empty({kHeadSize}, kF32);
+  args.scope = scope;
+  BlockMapArgs map_args{.q = args.q, .k = args.k};
+  map_args.options.block_q = block_q;
+  map_args.options.topk = topk;
+  const BlockMap map = backend.MakeBlockMap(map_args);
+  args.map = &map;
+  SlaArgs forward{.q = args.q, .k = args.k, .v = args.v, .map = &map, .scope = scope};
+  forward.proj_weight = args.proj_weight;
+  forward.proj_bias = args.proj_bias;
+  forward.out = args.out;
+  forward.lse = args.lse;
+  const double pairs = static_cast<double>(CriticalBlocks(topk, (kTokens + 63) / 64)) * 64.0;
+  const double flops = 10.0 * kTokens * pairs * kWidth;
+  bench.Flops(name + ": forward that saves lse", 0.4 * flops,
+              [&] { backend.SlaAttention(forward); });
+  bench.Flops(name, flops, [&] { backend.SlaAttentionBackward(args); });
+  bench.Bytes(name + ": lists", static_cast<double>(map.classes.NumBytes()),
+              [&] { cuda::MakeQueryLists(context, map); });
+  const Tensor delta = bench.Empty(args.lse.shape(), kF32);
+  bench.Bytes(name + ": delta", 2.0 * args.q.NumBytes(), [&] {
+    cuda::DeltaArgs rows;
+    rows.out = args.out;
+    rows.d_out = args.d_out;
+    rows.delta = delta;
+    cuda::SparseDelta(context, rows);
+  });
+  const cuda::QueryLists queries = cuda::MakeQueryLists(context, map);
+  cuda::SparseGradientProblem sparse =
+      cuda::MakeSparseGradient(args.q, args.k, args.v, args.d_out, map, queries);
+  sparse.lse = args.lse.data<float>();
+  sparse.delta = delta.data<float>();
+  sparse.d_q = args.d_q.raw();
+  sparse.d_k = args.d_k.raw();
+  sparse.d_v = args.d_v.raw();
+  sparse.accumulate = true;
+  bench.Flops(name + ": sparse, mma.sync", flops,
+              [&] { cuda::SparseGradient(context, sparse, cuda::GradientKernel::kTensorCore); });
+  if (context.compute_major == 9) {
+    bench.Flops(name + ": sparse, wgmma", flops,
+                [&] { cuda::SparseGradient(context, sparse, cuda::GradientKernel::kHopper); });
+  }
+  cuda::LinearGradientArgs linear;
+  linear.q = args.q;
+  linear.k = args.k;
+  linear.v = args.v;
+  linear.scope = scope;
+  linear.map = &map;
+  linear.proj_weight = args.proj_weight;
+  linear.d_out = args.d_out;
+  linear.d_q = args.d_q;
+  linear.d_k = args.d_k;
+  linear.d_v = args.d_v;
+  linear.delta = delta;
+  linear.d_proj_weight = args.d_proj_weight;
+  bench.Bytes(name + ": linear", 7.0 * args.q.NumBytes(),
+              [&] { cuda::LinearGradient(context, linear); });
+}
+
+void BenchMassKept(Bench& bench) {
+  const std::string name = "sla softmax mass kept, 64 rows a head";
+  if (!bench.Wanted(name)) return;
+  const Shape shape{1, kTokens, kHeads, kHeadSize};
+  const Tensor q = bench.Random(shape, kBF16), k = bench.Random(shape, kBF16);
+  const Tensor out = bench.Empty({1}, kF32);
+  Backend& backend = bench.backend();
+  const BlockMap map = backend.MakeBlockMap({.q = q, .k = k});
+  bench.Bytes(name, q.NumBytes(), [&] { backend.AttentionMassKept(q, k, 0.088f, map, 64, out); });
+  bench.Bytes(name + ", f32", q.NumBytes(), [&] {
+    cuda::AttentionMassKept(bench.backend().context(), q, k, 0.088f, map, 64, out,
+                            cuda::MassWay::kPlain);
+  });
+}
+
+// How time grows with the number of tokens and with the share of blocks that are kept.
+void BenchSweeps(Bench& bench) {
+  for (const std::int64_t tokens : {8192, 16384, 32768, 65536, 131072}) {
+    const std::string name = "sweep length " + std::to_string(tokens);
+    BenchDense(bench, tokens, tokens, kHeads, kHeadSize, cuda::AttentionKernel::kHopper,
+               name + ": dense");
+    BenchSla(bench, {.tokens = tokens}, false, name + ": SLA 0.05");
+    BenchSalad(bench, {.tokens = tokens, .topk = 0.1}, name + ": SALAD 0.10");
+  }
+  for (const char* topk : {"0.02", "0.05", "0.10", "0.20", "0.30", "0.50", "0.75", "1.00"}) {
+    const std::string name = std::string("sweep topk ") + topk;
+    BenchSla(bench, {.topk = std::stod(topk)}, false, name + ": SLA");
+    BenchSla(bench, {.block_q = 64, .topk = std::stod(topk), .scope = LinearScope::kMarginal},
+             false, name + ": SLA 64x64 marginal");
+  }
+}
+
+void BenchSparseShapes(Bench& bench) {
+  const SparseCase wide, narrow{.block_q = 64, .scope = LinearScope::kMarginal};
+  BenchMap(bench, wide, "map 128x64");
+  BenchMap(bench, narrow, "map 64x64");
+  BenchSparse(bench, wide, "sparse 0.05 128x64");
+  BenchSparse(bench, narrow, "sparse 0.05 64x64");
+  BenchSparse(bench, {.tokens = 32768, .block_q = 64}, "sparse 0.05 64x64, 32768 tokens");
+  BenchSparse(bench, {.tokens = 32768, .block_q = 64, .topk = 0.1},
+              "sparse 0.10 64x64, 32768 tokens");
+  BenchSparse(bench, {.topk = 0.1}, "sparse 0.10 128x64");
+  BenchSla(bench, wide, true, "sla 0.05 128x64 all");
+  BenchSla(bench, narrow, true, "sla 0.05 64x64 marginal");
+  BenchSla(bench, {.block_q = 64, .scope = LinearScope::kNonCritical}, true,
+           "sla 0.05 64x64 noncritical");
+  BenchSalad(bench, {.topk = 0.1}, "salad 0.10 128x64");
+  BenchSalad(bench, {.block_q = 64, .topk = 0.1}, "salad 0.10 64x64");
+}
+
+}  // namespace
+
+void BenchAttention(Bench& bench) {
+  BenchDenseShapes(bench);
+  BenchSparseShapes(bench);
+  using cuda::Feature;
+  BenchLinearBranch(bench, LinearScope::kAll, 128, Feature::kSoftmax, "sla branch alone, all");
+  BenchLinearBranch(bench, LinearScope::kMarginal, 64, Feature::kSoftmax,
+                    "sla branch alone, marginal 64x64");
+  BenchLinearBranch(bench, LinearScope::kAll, 64, Feature::kRotatedRelu, "salad branch alone");
+  BenchStates(bench, LinearScope::kAll, "sla sums, all");
+  BenchStates(bench, LinearScope::kMarginal, "sla sums, marginal 64x64");
+  BenchBackward(bench, 128, 0.05, LinearScope::kAll, "backward all 128x64 topk 0.05");
+  BenchBackward(bench, 64, 0.05, LinearScope::kMarginal, "backward marginal 64x64 topk 0.05");
+  BenchMassKept(bench);
+  BenchSla(bench, {.tokens = 75600, .heads = 40}, true, "14B shape, SLA 0.05 128x64 all");
+  BenchSweeps(bench);
+}
+
+}  // namespace slalom
