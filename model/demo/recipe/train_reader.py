@@ -121,7 +121,7 @@ if __name__ == "__main__":
     parser.add_argument("--clips", type=int, default=100_000, help="at most, 64 new ones every 8 steps")
     parser.add_argument("--first", type=int, default=32, help="batches of 64 before the first step")
     parser.add_argument("--batch", type=int, default=256)
-    parser.add_argument("--workers", type=int, default=10)
+    parser.add_argument("--workers", type=int, default=4)
     arguments = parser.parse_args()
     with ClipSource(arguments.vocabulary, arguments.workers) as clip_source:
         train(arguments, clip_source, torch.device("cuda" if torch.cuda.is_available() else "cpu"))

@@ -1,17 +1,19 @@
 """Trains transformer and text encoder together, by flow matching on cached latents.
 
-    python train_transformer.py --latents latents-256-33.pt:48:5 latents-384-49.pt:12:1 --checkpoint denoiser.pt
+    python train_transformer.py --latents latents-256-33:48:4 latents-384-49:12:1 --checkpoint denoiser.pt
 
 x_sigma = (1 - sigma) x0 + sigma eps, target eps - x0, t = 1000 sigma; sigma is a logit-normal draw,
 shifted as at sampling time.  One caption in ten is replaced by the empty one, for guidance.  Ends by
---deadline-seconds, wherever it is then (exit status 3), and goes on from the checkpoint.  Sets of
-latents (latents.py) of several sizes take turns.
+--deadline-seconds, wherever it is then (exit status 3), and goes on from the checkpoint; without
+--total-minutes the schedule is what the deadline leaves.  Sets of latents (latents.py) of several sizes take
+turns, and grow while others still encode.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,23 +58,23 @@ class Denoiser(nn.Module):
 
 @dataclass(frozen=True)
 class SetPlan:
-    """A file of latents, how many make a batch, and how many steps it gets before the next set's turn."""
+    """A folder of latents, how many make a batch, and how many steps it gets before the next set's turn."""
 
-    file: Path
+    folder: Path
     batch: int
     turns: int
 
     @classmethod
     def parse(cls, text: str) -> SetPlan:
-        file, batch, turns = text.rsplit(":", 2)
-        return cls(Path(file), int(batch), int(turns))
+        folder, batch, turns = text.rsplit(":", 2)
+        return cls(Path(folder), int(batch), int(turns))
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--latents", type=SetPlan.parse, nargs="+", required=True, help="FILE:BATCH:TURNS")
+    parser.add_argument("--latents", type=SetPlan.parse, nargs="+", required=True, help="FOLDER:BATCH:TURNS")
     parser.add_argument("--checkpoint", type=Path, required=True)
-    parser.add_argument("--total-minutes", type=float, default=18, help="of training, over all runs")
+    parser.add_argument("--total-minutes", type=float, help="of training, over all runs; else until the deadline")
     parser.add_argument("--deadline-seconds", type=float, help="when this process ends, everything included")
     parser.add_argument("--start", type=Path, help="model folder with first weights")
     parser.add_argument("--ship", type=Path, help="model folder that gets averaged bf16 weights with each save")
@@ -100,10 +102,24 @@ def first_weights(denoiser: Denoiser, args: argparse.Namespace, latents: Tensor)
         getattr(denoiser, name).copy_(value)
 
 
+def first_sets(plans: list[SetPlan], deadline: Deadline, device: torch.device) -> list[LatentSet] | None:
+    """What has been encoded so far, once there is some of each size; None when that never happens."""
+    while not deadline.over():
+        found = [LatentSet.load(plan.folder, device) for plan in plans]
+        if all(found):
+            return found
+        time.sleep(0.5)
+    return None
+
+
 def run(args: argparse.Namespace, device: torch.device) -> int:
+    if args.total_minutes is None and args.deadline_seconds is None:
+        raise SystemExit("either --total-minutes or --deadline-seconds has to say how long")
     deadline = Deadline(args.deadline_seconds, reserve=5)
     torch.manual_seed(args.seed)
-    sets = [LatentSet.load(plan.file, device) for plan in args.latents]
+    sets = first_sets(args.latents, deadline, device)
+    if sets is None:
+        return UNFINISHED
     denoiser = Denoiser().to(device)
     first_weights(denoiser, args, sets[0].latents)
     average = Average(denoiser, 0.9995)
@@ -117,7 +133,8 @@ def run(args: argparse.Namespace, device: torch.device) -> int:
     turns = [i for i, plan in enumerate(args.latents) for _ in range(plan.turns)]
 
     objective = torch.compile(denoiser.loss, dynamic=False) if args.compile else denoiser.loss
-    schedule = Schedule(60 * args.total_minutes, checkpoint.seconds)
+    schedule = Schedule(60 * args.total_minutes if args.total_minutes else checkpoint.seconds + deadline.left(),
+                        checkpoint.seconds)
     warm, shown, totals = step + 2 * len(turns), step, torch.zeros(len(sets), device=device)
     while not schedule.over() and not deadline.over():
         set_rate(optimizers, schedule.rate(args.rate))
@@ -134,11 +151,17 @@ def run(args: argparse.Namespace, device: torch.device) -> int:
         if step == warm:
             torch.cuda.synchronize() if device.type == "cuda" else None
             schedule.begin()
+            if args.total_minutes is None:
+                schedule.total = schedule.spent + deadline.left() - deadline.reserve - 1
         if step % 16 == 0 and device.type == "cuda":
             torch.cuda.synchronize()  # the clock must not run ahead of the device
+        if step % 100 == 0:
+            for data in sets:
+                data.refresh()
         if step % 500 == 0:
             means = " ".join(f"{v:.4f}" for v in (totals / (step - shown)).tolist())
-            print(f"transformer step {step} {schedule.elapsed():.0f} s loss {means}", flush=True)
+            print(f"transformer step {step} {schedule.elapsed():.0f} s of {schedule.total:.0f} loss {means}, clips "
+                  f"{[len(data) for data in sets]}", flush=True)
             shown, totals = step, torch.zeros(len(sets), device=device)
         checkpoint.save_if_due(step, schedule.elapsed())
     checkpoint.save(step, schedule.elapsed())

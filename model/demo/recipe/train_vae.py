@@ -144,7 +144,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--pool", type=int, default=256, help="clips in device memory")
     parser.add_argument("--rate", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--workers", type=int, default=8)
+    parser.add_argument("--workers", type=int, default=4)
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--sheet", type=Path)
     return parser.parse_args()

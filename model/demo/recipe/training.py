@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 UNFINISHED = 3  # exit status of a run that ended before its work was done, to go on in the next one
-SAVE_EVERY = 60.0  # seconds
+SAVE_EVERY = 25.0  # seconds
 
 
 def process_age() -> float:

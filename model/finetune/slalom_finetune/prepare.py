@@ -74,18 +74,20 @@ def prepare(model: Path, clips: Path, frames: int, height: int, width: int, devi
 
 @torch.no_grad()
 def from_recipe(model: Path, latents: Path, device: torch.device) -> LatentSet:
-    """What model/demo/recipe/latents.py wrote: latents [N, 16, f, h, w] as encoded, ids [N, captions, tokens]."""
-    stored = torch.load(latents, map_location="cpu", weights_only=True, mmap=True)
-    vae = WanVae.load(model / "vae")
-    encoder, builder = TextEncoder.load(model / "text_encoder").to(device), SetBuilder()
+    """What model/demo/recipe/latents.py wrote: parts with latents [n, 16, f, h, w] as encoded, ids [n, captions, tokens]."""
+    parts = [torch.load(part, map_location="cpu", weights_only=True) for part in sorted(latents.glob("*.pt"))]
+    if not parts:
+        raise ValueError(f"{latents}: no parts, {latents}/*.pt")
+    vae, encoder = WanVae.load(model / "vae"), TextEncoder.load(model / "text_encoder").to(device)
+    keys = [[tuple(i for i in ids if i) for ids in captions] for part in parts for captions in part["ids"].tolist()]
+    lengths: dict[int, set[tuple[int, ...]]] = {}
+    for key in (key for captions in keys for key in captions):
+        lengths.setdefault(len(key), set()).add(key)
     known: dict[tuple[int, ...], Tensor] = {}
-
-    def embed(ids: list[int]) -> Tensor:
-        key = tuple(i for i in ids if i)
-        if key not in known:
-            known[key] = encoder(torch.tensor(key, device=device)).bfloat16().cpu()
-        return known[key]
-
-    for one, captions in zip(stored["latents"], stored["ids"].tolist()):
-        builder.add((one.float() - vae.mean) / vae.std, [embed(ids) for ids in captions])
-    return builder.build(embed([END]))
+    for same in map(sorted, lengths.values()):  # captions of one length need no mask
+        for some in (same[i:i + 1024] for i in range(0, len(same), 1024)):
+            known |= zip(some, encoder(torch.tensor(some, device=device)).bfloat16().cpu())
+    builder = SetBuilder()
+    for one, captions in zip((one for part in parts for one in part["latents"]), keys):
+        builder.add((one.float() - vae.mean) / vae.std, [known[key] for key in captions])
+    return builder.build(encoder(torch.tensor([END], device=device)))

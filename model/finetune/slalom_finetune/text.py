@@ -104,14 +104,14 @@ class TextEncoder(nn.Module):
         return model.eval().requires_grad_(False)
 
     def forward(self, ids: Tensor) -> Tensor:
-        """ids [n] -> [n, d_model]"""
-        x = self.shared(ids[None])
-        buckets = position_buckets(len(ids), self.config["relative_attention_num_buckets"],
+        """ids [n] or, several prompts of one length, [B, n] -> [..., n, d_model]"""
+        x = self.shared(ids.reshape(-1, ids.shape[-1]))
+        buckets = position_buckets(ids.shape[-1], self.config["relative_attention_num_buckets"],
                                    self.config["relative_attention_max_distance"], ids.device)
         for attention, mlp in (block.layer for block in self.encoder.block):
             x = x + attention.SelfAttention(attention.layer_norm(x), buckets)
             x = x + mlp.DenseReluDense(mlp.layer_norm(x))
-        return self.encoder.final_layer_norm(x)[0]
+        return self.encoder.final_layer_norm(x).view(*ids.shape, -1)
 
 
 class Tokenizer:
