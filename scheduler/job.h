@@ -74,6 +74,14 @@ struct JobStatus {
   std::optional<Error> error;  // once kFailed or kCancelled
 };
 
+// Where a live job stands: as in its JobStatus.
+struct JobPlace {
+  std::string id;
+  bool queued = false;
+  int queue_position = 0;
+  double eta_seconds = 0;
+};
+
 class JobHandle;
 
 // A begun clip as Pipeline::Save gives it.

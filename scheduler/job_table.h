@@ -49,6 +49,8 @@ struct Job : QueuedJob, std::enable_shared_from_this<Job> {
   std::optional<Error> end_reason;  // someone wants it to end
   SchedulerClock::time_point end_requested;
   std::optional<SchedulerClock::time_point> stalled_since;
+  double wait_seconds = 0;  // for others, as last counted
+  SchedulerClock::time_point count_wait_at;
   std::optional<Error> error;  // how it ended
 
   // Written by the owner before it asks for a turn.
@@ -96,6 +98,7 @@ class JobTable {
 
   std::optional<JobStatus> Find(const std::string& id) const;
   std::vector<JobStatus> List() const;
+  std::vector<JobPlace> Places() const;
   JobStatus Status(const JobPtr& job) const;
   SchedulerStats Stats() const;
   std::string CostState() const;
@@ -189,7 +192,10 @@ class JobTable {
   void RefreshRank(Job& job) const;
   void AddTo(Forecast* forecast, const Job& job) const;
   Forecast::Wait WaitOf(const Forecast& forecast, const Job& job) const;
-  Forecast::Wait WaitOf(Job& job) const;
+  Forecast::Wait WaitOf(Job& job) const;  // looks at all live jobs
+  // The same, of a begun job, from time to time.
+  double RecentWait(Job& job) const;
+  std::vector<Job*> LiveInOrder() const;
   JobStatus StatusLocked(const Job& job, const Forecast::Wait& wait) const;
   Progress ProgressLocked(Job& job) const;
 

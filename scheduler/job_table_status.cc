@@ -44,6 +44,30 @@ Forecast::Wait JobTable::WaitOf(Job& job) const {
   return WaitOf(forecast, job);
 }
 
+// A job that runs is asked about after each of its steps, and a step may be short: what is spent on
+// looking at all the others stays below a thousandth of the time, whatever their number.
+double JobTable::RecentWait(Job& job) const {
+  constexpr auto kPerJob = std::chrono::microseconds(100);
+  const auto now = SchedulerClock::now();
+  if (now >= job.count_wait_at) {
+    job.wait_seconds = WaitOf(job).seconds;
+    job.count_wait_at = now + live_.size() * kPerJob;
+  }
+  return job.wait_seconds;
+}
+
+std::vector<Job*> JobTable::LiveInOrder() const {
+  std::vector<Job*> live;
+  live.reserve(live_.size());
+  for (const auto& [sequence, job] : live_) {
+    RefreshRank(*job);
+    live.push_back(job.get());
+  }
+  std::sort(live.begin(), live.end(),
+            [](const Job* a, const Job* b) { return Policy::Before(a->view, b->view); });
+  return live;
+}
+
 // --- Answers ---
 
 JobStatus JobTable::StatusLocked(const Job& job, const Forecast::Wait& wait) const {
@@ -73,7 +97,7 @@ Progress JobTable::ProgressLocked(Job& job) const {
   progress.step = progress.steps - job.view.steps_left;
   progress.frames = job.frames;
   progress.num_frames = job.request.spec.num_frames;
-  progress.eta_seconds = WaitOf(job).seconds + Policy::RemainingSeconds(job.view);
+  progress.eta_seconds = RecentWait(job) + Policy::RemainingSeconds(job.view);
   if (job.generation) {
     const ClipStatistics& statistics = job.generation->statistics();
     progress.step_seconds = statistics.last_step_seconds;
@@ -101,13 +125,7 @@ std::optional<JobStatus> JobTable::Find(const std::string& id) const {
 
 std::vector<JobStatus> JobTable::List() const {
   const std::lock_guard lock(mutex_);
-  std::vector<Job*> live;
-  for (const auto& [sequence, job] : live_) {
-    RefreshRank(*job);
-    live.push_back(job.get());
-  }
-  std::sort(live.begin(), live.end(),
-            [](const Job* a, const Job* b) { return Policy::Before(a->view, b->view); });
+  const std::vector<Job*> live = LiveInOrder();
   std::vector<JobStatus> list;
   list.reserve(live.size() + finished_.size());
   Forecast forecast(workers_.size());
@@ -117,6 +135,23 @@ std::vector<JobStatus> JobTable::List() const {
   }
   list.insert(list.end(), finished_.begin(), finished_.end());
   return list;
+}
+
+std::vector<JobPlace> JobTable::Places() const {
+  const std::lock_guard lock(mutex_);
+  std::vector<JobPlace> places;
+  places.reserve(live_.size());
+  Forecast forecast(workers_.size());
+  for (const Job* job : LiveInOrder()) {
+    if (!IsFinal(job->state)) {
+      const Forecast::Wait wait = WaitOf(forecast, *job);
+      const bool queued = job->state == JobState::kQueued;
+      places.push_back({job->request.id, queued, queued ? wait.jobs : 0,
+                        wait.seconds + Policy::RemainingSeconds(job->view)});
+    }
+    AddTo(&forecast, *job);
+  }
+  return places;
 }
 
 JobStatus JobTable::Status(const JobPtr& job) const {

@@ -123,6 +123,7 @@ bool Scheduler::Cancel(const std::string& id) {
 
 std::optional<JobStatus> Scheduler::Find(const std::string& id) const { return table_->Find(id); }
 std::vector<JobStatus> Scheduler::List() const { return table_->List(); }
+std::vector<JobPlace> Scheduler::Places() const { return table_->Places(); }
 SchedulerStats Scheduler::Stats() const {
   SchedulerStats stats = table_->Stats();
   // The table counts its workers in the order in which they were made.

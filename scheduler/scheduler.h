@@ -51,6 +51,8 @@ class Scheduler {
   std::optional<JobStatus> Find(const std::string& id) const;
   // Live jobs in the order in which they will run, then finished ones, newest first.
   std::vector<JobStatus> List() const;
+  // Of the live jobs, in that order: what changes while they wait, and cheap.
+  std::vector<JobPlace> Places() const;
   SchedulerStats Stats() const;
   // What the cost model has learned, a few kilobytes of text, for SchedulerOptions::cost_state
   // after a restart.

@@ -1,5 +1,7 @@
 #include "scheduler/worker.h"
 
+#include <pthread.h>
+
 #include <algorithm>
 #include <new>
 #include <utility>
@@ -93,7 +95,11 @@ Worker::~Worker() {
 }
 
 void Worker::Start() {
-  thread_ = std::thread([this] { Loop(); });
+  thread_ = std::thread([this] {
+    // Seen by top, gdb and perf.
+    pthread_setname_np(pthread_self(), ("device " + device_).c_str());
+    Loop();
+  });
 }
 
 const Pipeline* Worker::Find(const std::string& model) const {

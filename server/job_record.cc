@@ -3,6 +3,7 @@
 #include <google/protobuf/util/time_util.h>
 
 #include <algorithm>
+#include <cstdlib>
 #include <utility>
 #include <vector>
 
@@ -13,6 +14,9 @@ namespace {
 
 // gRPC holds one chunk for every reader that does not take it: a thousand of them cost 64 MB.
 constexpr std::size_t kChunkBytes = 64 * 1024;
+
+// A waiting client hears of its place again when that has moved by one part in so many.
+constexpr int kTellingMove = 10;
 
 google::protobuf::Timestamp ToTimestamp(std::chrono::system_clock::time_point time) {
   return google::protobuf::util::TimeUtil::MicrosecondsToTimestamp(
@@ -111,7 +115,9 @@ void JobRecord::SetQueuePosition(int position, double eta_seconds) {
     std::lock_guard lock(mutex_);
     if (job_.state() != v1::JOB_STATE_QUEUED) return;
     v1::Progress* progress = job_.mutable_progress();
-    if (progress->queue_position() == position) return;
+    // Where a thousand wait, each would be told each second that it is one place further.
+    const int told = progress->queue_position();
+    if (position == told || kTellingMove * std::abs(position - told) < told) return;
     progress->set_queue_position(position);
     progress->set_eta_seconds(eta_seconds);
     ++progress_version_;

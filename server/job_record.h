@@ -61,7 +61,7 @@ class JobRecord {
   // --- the job's side ---
   void Accept(const JobHandle& handle, int queue_position, double estimated_seconds);
   void SetProgress(const v1::Progress& progress);
-  // A job that waits moves up.
+  // A job that waits moves up. Readers are told of moves that matter to where they stand.
   void SetQueuePosition(int position, double eta_seconds);
   void SetPreview(v1::Preview preview);
   // One thread at a time. Throws Error when the video cannot be kept.

@@ -118,6 +118,16 @@ class Metrics::Impl {
       Counters("slalom_tenant_device_seconds_total", "Device seconds used, by tenant");
   CounterFamily& refused =
       Counters("slalom_refused_total", "Requests refused for now, by what ran out");
+  GaugeFamily& cost_error = Gauges(
+      "slalom_cost_error",
+      "How far predicted seconds of work are off, as a share of the measured ones, lately: mean of "
+      "the absolute error; bias, above 0 where too much is predicted");
+  GaugeFamily& eta_error =
+      Gauges("slalom_eta_error",
+             "The same for the time until the end that jobs were told when they were accepted");
+  prometheus::Counter& requeued =
+      Counters("slalom_requeued_jobs_total", "Jobs that a lost device gave back to the queue")
+          .Add({});
   prometheus::Counter& readmitted =
       Counters("slalom_readmitted_jobs_total", "Jobs of an earlier process that went on").Add({});
   prometheus::Gauge& streams = Gauges("slalom_streams", "Open streams").Add({});
@@ -218,6 +228,22 @@ std::string Metrics::Text(const SchedulerStats* stats) {
       impl_->queue_depth.Add({{"priority", PriorityName(static_cast<Priority>(i))}})
           .Set(stats->queued[static_cast<std::size_t>(i)]);
     }
+    for (const CostError& error : stats->cost_errors) {
+      const auto set = [&](const char* kind, double value) {
+        impl_->cost_error
+            .Add({{"device", error.device},
+                  {"model", error.model},
+                  {"attention", AttentionName(error.attention)},
+                  {"phase", CostPhaseName(error.phase)},
+                  {"kind", kind}})
+            .Set(value);
+      };
+      set("mean", error.mean_error);
+      set("bias", error.bias);
+    }
+    impl_->eta_error.Add({{"kind", "mean"}}).Set(stats->eta_error.mean_error);
+    impl_->eta_error.Add({{"kind", "bias"}}).Set(stats->eta_error.bias);
+    impl_->requeued.Increment(static_cast<double>(stats->requeued) - impl_->requeued.Value());
     for (const DeviceStats& device : stats->devices) {
       const auto count = [&](const char* result, std::int64_t total) {
         prometheus::Counter& counter =

@@ -385,12 +385,12 @@ class VideoService::Impl final : public RawService {
     std::map<std::string, std::shared_ptr<JobRecord>> live;
     for (const auto& record : store_.Live()) live[record->id()] = record;
     double soonest = kLongestRetrySeconds;
-    for (const JobStatus& job : scheduler.List()) {
-      if (IsFinal(job.state)) continue;
-      soonest = std::min(soonest, job.eta_seconds);
-      const auto record = live.find(job.id);
+    for (const JobPlace& place : scheduler.Places()) {
+      soonest = std::min(soonest, place.eta_seconds);
+      if (!place.queued) continue;
+      const auto record = live.find(place.id);
       if (record != live.end()) {
-        record->second->SetQueuePosition(job.queue_position, job.eta_seconds);
+        record->second->SetQueuePosition(place.queue_position, place.eta_seconds);
       }
     }
     next_end_seconds_ = soonest;

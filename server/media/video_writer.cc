@@ -1,5 +1,7 @@
 #include "server/media/video_writer.h"
 
+#include <pthread.h>
+
 #include <chrono>
 #include <string>
 #include <utility>
@@ -94,6 +96,7 @@ void VideoWriter::EncodeAll() {
 }
 
 void VideoWriter::Run() {
+  pthread_setname_np(pthread_self(), "encoder");
   std::optional<Error> error;
   try {
     EncodeAll();

@@ -462,6 +462,14 @@ TEST_F(SchedulerTest, FindAndListKnowLiveAndFinishedJobs) {
     EXPECT_EQ(found->queue_position, status.queue_position);
     EXPECT_DOUBLE_EQ(found->eta_seconds, status.eta_seconds);
   }
+  const std::vector<JobPlace> places = scheduler_->Places();
+  ASSERT_EQ(places.size(), live.size());
+  for (std::size_t i = 0; i < live.size(); ++i) {
+    EXPECT_EQ(places[i].id, live[i].id);
+    EXPECT_EQ(places[i].queued, live[i].state == JobState::kQueued);
+    EXPECT_EQ(places[i].queue_position, live[i].queue_position);
+    EXPECT_DOUBLE_EQ(places[i].eta_seconds, live[i].eta_seconds);
+  }
   EXPECT_NEAR(live[2].eta_seconds, 3 * 4 * 2.0, 1e-9);
   EXPECT_EQ(scheduler_->Stats().in_flight, 1);
   journal().Release();

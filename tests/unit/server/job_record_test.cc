@@ -149,5 +149,19 @@ TEST(JobRecordTest, QueuePositionsAreToldWhileItWaits) {
   EXPECT_EQ(record->Snapshot().progress().queue_position(), 0);
 }
 
+TEST(JobRecordTest, SmallMovesFarBackInTheQueueAreNotTold) {
+  const auto record = MakeRecord();
+  record->Accept(JobHandle(), 800, 30);
+  ReadPosition position;
+  ReadAll(*record, &position);
+  record->SetQueuePosition(721, 29);
+  EXPECT_TRUE(ReadAll(*record, &position).messages.empty());
+  record->SetQueuePosition(720, 28);
+  const Reading reading = ReadAll(*record, &position);
+  ASSERT_EQ(reading.messages.size(), 1u);
+  EXPECT_EQ(reading.messages[0].progress().queue_position(), 720);
+  EXPECT_EQ(reading.messages[0].progress().eta_seconds(), 28);
+}
+
 }  // namespace
 }  // namespace slalom

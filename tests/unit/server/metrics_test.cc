@@ -77,6 +77,25 @@ TEST(MetricsTest, BusySecondsFollowTheScheduler) {
   EXPECT_EQ(samples[R"(slalom_queue_depth{priority="high"})"], 3);
 }
 
+TEST(MetricsTest, PredictionsTellTheirErrors) {
+  Metrics metrics;
+  SchedulerStats stats;
+  stats.cost_errors.push_back(
+      {"a gpu", "demo", AttentionKind::kSla, CostPhase::kDecode, 10, 0.25, -0.125});
+  stats.eta_error = {20, 0.5, 0.75};
+  stats.requeued = 3;
+  metrics.Text(&stats);
+  stats.requeued = 4;
+  auto samples = ParsePrometheus(metrics.Text(&stats));
+  const std::string decode = R"(attention="sla",device="a gpu",kind=")";
+  const std::string model = R"(",model="demo",phase="decode"})";
+  EXPECT_EQ(samples["slalom_cost_error{" + decode + "mean" + model], 0.25);
+  EXPECT_EQ(samples["slalom_cost_error{" + decode + "bias" + model], -0.125);
+  EXPECT_EQ(samples[R"(slalom_eta_error{kind="mean"})"], 0.5);
+  EXPECT_EQ(samples[R"(slalom_eta_error{kind="bias"})"], 0.75);
+  EXPECT_EQ(samples["slalom_requeued_jobs_total"], 4);
+}
+
 TEST(MetricsTest, DevicesTellTheirMemory) {
   Metrics metrics;
   SchedulerStats stats;
