@@ -21,8 +21,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -124,27 +125,41 @@ def made(folder: Path, clip: dict) -> Path | None:
     return next((one for one in (file, file.with_suffix(".npy")) if one.exists()), None)
 
 
-def judge(folder: Path, clips: list[dict], against: Path | None) -> dict:
-    """Means over the clips that are there; PSNR and SSIM against the same clips in another folder."""
-    reader, rows = Reader(), []
-    for clip in clips:
-        file, other = made(folder, clip), made(against, clip) if against else None
-        if file is None or (against and other is None):
-            continue
-        frames = load_frames(file)
-        found = reader.read(clip_of(frames))
-        row = {name: float(found[name] == clip[name]) for name in LABELS}
-        row["all"] = float(all(row.values()))
-        row["subject"], row["background"] = consistency(frames)
-        if against:
-            reference = load_frames(other)
-            row["psnr"], row["ssim"] = psnr(frames, reference), ssim(frames, reference)
-        notes = json.loads(file.with_suffix(".json").read_text()) if file.with_suffix(".json").exists() else {}
-        if (value := _find(notes, "sparsity")) is not None:
-            row["sparsity"] = value
-        if (total := _find(notes, "total_seconds")) is not None:  # of the job, without the wait for its turn
-            row["seconds"] = total - (_find(notes, "queue_seconds") or 0)
-        rows.append(row)
+@cache
+def reader() -> Reader:
+    return Reader()
+
+
+def judge_clip(folder: Path, clip: dict, against: Path | None) -> dict | None:
+    """What one clip shows, and how like it is to the same clip in another folder; None when one of them is missing."""
+    file, other = made(folder, clip), made(against, clip) if against else None
+    if file is None or (against and other is None):
+        return None
+    frames = load_frames(file)
+    found = reader().read(clip_of(frames))
+    row = {name: float(found[name] == clip[name]) for name in LABELS}
+    row["all"] = float(all(row.values()))
+    row["subject"], row["background"] = consistency(frames)
+    if against:
+        reference = load_frames(other)
+        row["psnr"], row["ssim"] = psnr(frames, reference), ssim(frames, reference)
+    notes = json.loads(file.with_suffix(".json").read_text()) if file.with_suffix(".json").exists() else {}
+    if (value := _find(notes, "sparsity")) is not None:
+        row["sparsity"] = value
+    if (total := _find(notes, "total_seconds")) is not None:  # of the job, without the wait for its turn
+        row["seconds"] = total - (_find(notes, "queue_seconds") or 0)
+    return row
+
+
+def judge(folder: Path, clips: list[dict], against: Path | None, jobs: int = 1) -> dict:
+    """Means over the clips that are there."""
+    work = ([folder] * len(clips), clips, [against] * len(clips))
+    if jobs > 1:
+        with ProcessPoolExecutor(jobs) as pool:
+            judged = list(pool.map(judge_clip, *work, chunksize=4))
+    else:
+        judged = map(judge_clip, *work)
+    rows = [row for row in judged if row]
     names = {name for row in rows for name in row}
     return {"clips": len(rows), **{name: float(np.mean([row[name] for row in rows if name in row])) for name in names}}
 
@@ -185,7 +200,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--model", type=Path, default=Path("model/demo"))
     parser.add_argument("--server-options", default="", help="for slalomd, as one string")
     parser.add_argument("--parallel", type=int, default=4, help="clips asked for at a time")
-    parser.add_argument("--minutes", type=float, default=1e9, help="ends before, with status 3, to go on in the next call")
+    parser.add_argument("--jobs", type=int, default=1, help="processes that judge")
+    parser.add_argument("--deadline-seconds", type=float, default=1e9, help="ends before, with status 3, to go on in the next call")
     parser.add_argument("--curve", nargs="+", action="append", default=[], metavar=("TITLE:X", "NAME=VALUE"))
     args = parser.parse_args(own[:own.index("--")] if "--" in own else own)
     args.generate = passed
@@ -194,7 +210,7 @@ def parse() -> argparse.Namespace:
 
 def main() -> int:
     args = parse()
-    end, finished = time.time() + 60 * args.minutes, True
+    end, finished = time.time() + args.deadline_seconds, True
     clips, results, first = clips_to_make(args.count, args.seed, held_out=True), {}, None
     (args.folder).mkdir(parents=True, exist_ok=True)
     (args.folder / "clips.json").write_text(json.dumps(clips, indent=1) + "\n")
@@ -209,7 +225,7 @@ def main() -> int:
                     finished &= generate(variant, clips, folder, address, args, end)
         elif missing:
             finished = False
-        results[variant.name] = judge(folder, clips, first)
+        results[variant.name] = judge(folder, clips, first, args.jobs)
         first = first or folder
         print(f"{variant.name}: {results[variant.name]}", flush=True)
     (args.folder / "table.json").write_text(json.dumps(results, indent=1) + "\n")

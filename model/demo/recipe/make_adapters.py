@@ -5,10 +5,10 @@ as its teacher, then the quality table.
 
 Ends within --minutes.  Called again with the same --work it goes on where it stopped, in the middle of a training
 too; exit status 0 says that everything is done, 3 that another call is needed.  --out gets attention/*.safetensors
-for the model folder, {sla,salad}/step-N/attention/ (at fractions of the steps, for the curves) and report.txt, after
-every call.  --extras adds what the quality table compares: SLA in tiles, and the linear branch alone.  --table N draws
-clips for N captions that training never saw, from equal noise, with every attention there is (PyTorch; slalomd's noise)
-and adds table.md and curves.  --tiny makes everything very small and short, on a CPU too: a smoke run, whose adapters
+for the model folder, {sla,salad}/at-SHARE/attention/ (at shares of the steps, for the curves) and report.txt, after
+every call.  --table N adds what the quality table compares: SLA in tiles, and the linear branch alone; then N captions that
+training never saw are drawn with all of them, in PyTorch, from slalomd's noise, judged (tests/demo/quality.py), and --out
+gets table.md, curves/*.svg and clips.png.  --tiny makes everything very small and short, on a CPU too: a smoke run, whose adapters
 are good for nothing.
 """
 
@@ -50,6 +50,7 @@ SLA = ("--attention", "sla", "--topk", 0.05, "--negligible", 0.1, "--scope", "ma
 SALAD = ("--attention", "salad", "--topk", 0.1)
 KINDS = {"sla": SLA, "salad": SALAD}
 EXTRAS = {"tiled": (*SLA, "--tile", "4,4,4"), "linear": ("--attention", "sla", "--topk", 0, "--scope", "all")}
+TOPKS = (0.1, 0.25, 0.5)  # of the curve, beside the default
 SNAPSHOTS = (0.02, 0.06, 0.2, 0.5)  # of the steps
 TRAINING = ("--train", "lora", "--rank", 64, "--loss", "teacher", "--block-loss", 0.5, "--rate", 2e-3, "--base-rate",
             8e-4, "--warmup", 100, "--average", 0.998, "--save-seconds", 25, "--snapshots", *SNAPSHOTS)
@@ -77,6 +78,58 @@ def encoders(args: argparse.Namespace, size: int, frames: int, clips: int, chunk
         "--seed", seed + 1000 * i, *compiled), seconds + 30, gpu=i) for i in range(max(len(args.gpus), 1))]
 
 
+@dataclass(frozen=True)
+class Drawn:
+    """Clips of one kind of attention, for the table or for the curves."""
+
+    name: str
+    after: str  # the phase it waits for
+    options: tuple
+    gpu: int
+    curve: bool = False  # fewer captions
+
+
+def drawn(work: Path) -> list[Drawn]:
+    def adapter(kind: str, share: float | None = None) -> tuple:
+        folder = work / kind / "out" / (f"at-{share:g}" if share else "")
+        return ("--adapter", folder / "attention" / f"{'sla' if kind == 'tiled' else kind}.safetensors")
+
+    def untrained(topk: float) -> tuple:
+        return ("--attention", "sla", "--topk", topk)
+
+    found = [Drawn("dense", "", ("--attention", "dense"), 2), Drawn("sparse", "", untrained(0.05), 3),
+             Drawn("sparse-salad", "", ("--attention", "salad", "--topk", 0.1), 3)]
+    found += [Drawn(f"sparse-topk-{topk:g}", "", untrained(topk), 2 + i % 2, True) for i, topk in enumerate(TOPKS)]
+    found += [Drawn(kind, kind, adapter(kind), gpu) for gpu, kind in enumerate((*KINDS, *EXTRAS))]
+    found += [Drawn(f"{kind}-at-{share:g}", kind, adapter(kind, share), gpu, True)
+              for gpu, kind in enumerate(KINDS) for share in SNAPSHOTS]
+    return found + [Drawn(f"sla-topk-{topk:g}", "sla", (*adapter("sla"), "--topk", topk), i % 2, True)
+                    for i, topk in enumerate(TOPKS)]
+
+
+def table_phases(args: argparse.Namespace, sizes: Sizes) -> list[Phase]:
+    """Clips of every kind, the table, and the curves of quality over sparsity and over steps."""
+    work, found = args.work, []
+    for one in drawn(work):
+        found.append(Phase(f"draw {one.name}", finetune(
+            "sample", "--model", MODEL, "--captions", work / f"captions{'-curve' if one.curve else ''}.json", "--raw", "--out",
+            work / "drawn" / one.name, "--size", f"{sizes.size}x{sizes.size}", "--frames", sizes.frames, *sizes.sampling,
+            *one.options), 15, (one.after,) if one.after else (), one.gpu, beside=True))
+    quality = [sys.executable, str(TESTS / "quality.py")]
+    jobs = ("--jobs", str(args.jobs))
+    named = {curve: [f"{one.name}=clips@{work / 'drawn' / one.name}" for one in drawn(work) if curve or not one.curve]
+             for curve in (False, True)}
+    found.append(Phase("table", [*quality, str(work / "table"), *named[False], "--count", str(args.table), *jobs], 20,
+                       tuple(f"draw {one.name}" for one in drawn(work) if not one.curve), beside=True))
+    found.append(Phase("curves", [*quality, str(work / "curves"), *named[True], "--count", str(curve_count(args)), *jobs], 20,
+                       tuple(phase.name for phase in found), beside=True))
+    return found
+
+
+def curve_count(args: argparse.Namespace) -> int:
+    return min(args.table, 100)
+
+
 def phases_of(args: argparse.Namespace) -> list[Phase]:
     sizes, work = TINY if args.tiny else Sizes(), args.work
     prepared = work / "latents.safetensors"
@@ -84,10 +137,12 @@ def phases_of(args: argparse.Namespace) -> list[Phase]:
     found.append(Phase("prepare", finetune("prepare", "--model", MODEL, "--recipe-latents", work / "encoded", "--out", prepared),
                        25, tuple(phase.name for phase in found)))
     length = sizes.length or ("--minutes", args.adapter_minutes)
-    for gpu, (name, options) in enumerate((KINDS | (EXTRAS if args.extras else {})).items()):
+    for gpu, (name, options) in enumerate((KINDS | (EXTRAS if args.table else {})).items()):
         found.append(Phase(name, finetune(
             "train", "--model", MODEL, "--data", prepared, "--work", work / name, "--out", work / name / "out", *options,
             *TRAINING, "--batch", sizes.batch, *sizes.compile, *length), 60, ("prepare",), gpu))
+    if args.table:
+        found += table_phases(args, sizes)
     for phase in found:
         phase.least *= sizes.least
     return found
@@ -113,7 +168,8 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add_call_arguments(parser)
     parser.add_argument("--adapter-minutes", type=float, default=3.5, help="of training, for each adapter")
-    parser.add_argument("--extras", action="store_true")
+    parser.add_argument("--table", type=int, default=0, metavar="N", help="captions of the quality table")
+    parser.add_argument("--jobs", type=int, default=4, help="processes that judge clips")
     return parser.parse_args()
 
 
@@ -121,6 +177,8 @@ def main() -> int:
     args = parse()
     args.work = args.work.resolve()
     call, phases = Call(args.work, args.minutes, args.gpus), phases_of(args)
+    write_captions(args.work / "captions.json", args.table, ".mp4")
+    write_captions(args.work / "captions-curve.json", curve_count(args), ".mp4")
     status = call.run(phases)
     pack(args, call, phases)
     print("\n".join(call.table), flush=True)

@@ -65,7 +65,7 @@ class Places:
     out: Path  # attention/*.safetensors
     save_seconds: float = 60.0
     log_every: int = 20
-    snapshots: tuple[float, ...] = ()  # out/step-N/attention at these shares of the steps
+    snapshots: tuple[float, ...] = ()  # out/at-SHARE/attention at these shares of the steps
     compile: bool = False
     recompute: bool = False
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
@@ -234,12 +234,12 @@ class Trainer:
         print(f"{self.plan.options.kind}: from step {self.step} of {self.plan.steps}, {trained / 1e6:.2f} M parameters, "
               f"{sum(len(s.latents) for s in self.sets)} clips, {describe(self.device)}", flush=True)
         recent: list[float] = []
-        snapshots = {round(share * self.plan.steps) for share in self.places.snapshots}
+        snapshots = {round(share * self.plan.steps): share for share in self.places.snapshots}
         begin = time.time()
         while self.step < self.plan.steps and not deadline.over():
             self.take_step()
             if self.step in snapshots:
-                self.export(self.places.out / f"step-{self.step}")
+                self.export(self.places.out / f"at-{snapshots[self.step]:g}")
             if self.step % self.places.log_every == 0:
                 recent += torch.stack(self.losses).tolist()
                 self.write_log()
