@@ -122,27 +122,12 @@ class Run {
 
  private:
   void Linear() {
-    const Tensor branch = context_.Allocate(by_head_, type_);
-    LinearBranchArgs forward;
-    forward.q = args_.q_normed;
-    forward.k = args_.k_normed;
-    forward.v = args_.v;
-    forward.feature = Feature::kRotatedRelu;
-    forward.cos = args_.cos;
-    forward.sin = args_.sin;
-    forward.out = branch;
-    LinearBranch(context_, forward);
-    projected_ = context_.Allocate(args_.out.shape(), type_);
-    LinearArgs projection;
-    projection.x = branch.Reshape(args_.out.shape());
-    projection.weight = args_.proj_weight;
-    projection.bias = args_.proj_bias;
-    projection.out = projected_;
-    cuda::Linear(context_, projection);
+    const SaladBranch branch = ProjectedSaladBranch(context_, args_);
+    projected_ = branch.projected;
 
     const Tensor slopes = Gate();
     SumColumns(context_, slopes, Tensor(), args_.d_proj_bias);
-    WeightGradient(slopes, branch);
+    WeightGradient(slopes, branch.own);
     const Tensor d_branch = context_.Allocate(by_head_, type_);
     GemmArgs product;
     product.m = rows_;

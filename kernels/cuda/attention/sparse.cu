@@ -3,6 +3,7 @@
 
 #include "kernels/cuda/attention/linear_branch.h"
 #include "kernels/cuda/attention/problem.h"
+#include "kernels/cuda/attention/salad.h"
 #include "kernels/cuda/attention/sla.h"
 #include "kernels/cuda/attention/sparse_parts.h"
 #include "kernels/cuda/check.h"
@@ -288,40 +289,37 @@ void SlaAttention(const Context& context, const SlaArgs& args, SlaWay way) {
                     });
 }
 
+SaladWay ChooseSaladWay(const SaladArgs& args) {
+  const auto aligned = [](const Tensor& x) {
+    return reinterpret_cast<std::uintptr_t>(x.raw()) % 16 == 0;
+  };
+  const Tensor out = args.out.Reshape(args.q.shape());
+  const bool fits = TensorCoreLinearBranchFits(SaladLinearArgs(args, out)) && aligned(args.x) &&
+                    aligned(args.gate_weight);
+  return fits ? SaladWay::kFolded : SaladWay::kPlain;
+}
+
 void SaladAttention(const Context& context, const SaladArgs& args) {
   CheckSalad(args);
   if (args.q.NumElements() == 0) return;
+  if (args.proj_weight.defined()) return SaladAttention(context, args, ChooseSaladWay(args));
   SaladSparseBranch(context, args);
-  const std::int64_t batch = args.q.dim(0), length = args.q.dim(1);
-  if (!args.proj_weight.defined()) {
-    if (args.gate_out.defined()) {
-      Check(cudaMemsetAsync(args.gate_out.raw(), 0, args.gate_out.NumBytes(), context.stream),
-            "SaladAttention: gate_out");
-    }
-    return;
-  }
-  const Tensor linear_out = context.Allocate(args.q.shape(), args.q.dtype());
-  LinearBranchArgs linear;
-  linear.q = args.q_normed;
-  linear.k = args.k_normed;
-  linear.v = args.v;
-  linear.feature = Feature::kRotatedRelu;
-  linear.cos = args.cos;
-  linear.sin = args.sin;
-  linear.out = linear_out;
-  LinearBranch(context, linear);
+  if (!args.gate_out.defined()) return;
+  Check(cudaMemsetAsync(args.gate_out.raw(), 0, args.gate_out.NumBytes(), context.stream),
+        "SaladAttention: gate_out");
+}
 
-  const Tensor projected = context.Allocate(args.out.shape(), args.out.dtype());
-  LinearArgs projection;
-  projection.x = linear_out.Reshape(args.out.shape());
-  projection.weight = args.proj_weight;
-  projection.bias = args.proj_bias;
-  projection.out = projected;
-  Linear(context, projection);
-  const Tensor gates =
-      args.gate_out.defined() ? args.gate_out : context.Allocate({batch, length}, DType::kF32);
-  args.q.dtype() == DType::kBF16 ? RunGateAndMix<bf16>(context, args, projected, gates)
-                                 : RunGateAndMix<float>(context, args, projected, gates);
+void SaladAttention(const Context& context, const SaladArgs& args, SaladWay way) {
+  CheckSalad(args);
+  Require(args.proj_weight.defined(), "SaladAttention: there is no linear branch");
+  SaladSparseBranch(context, args);
+  if (way == SaladWay::kFolded) return AddSaladBranch(context, args);
+  const SaladBranch branch = ProjectedSaladBranch(context, args);
+  const Tensor gates = args.gate_out.defined()
+                           ? args.gate_out
+                           : context.Allocate({args.q.dim(0), args.q.dim(1)}, DType::kF32);
+  args.q.dtype() == DType::kBF16 ? RunGateAndMix<bf16>(context, args, branch.projected, gates)
+                                 : RunGateAndMix<float>(context, args, branch.projected, gates);
 }
 
 }  // namespace slalom::cuda

@@ -4,6 +4,7 @@
 #include "kernels/backend.h"
 #include "kernels/cuda/attention/linear_branch.h"
 #include "kernels/cuda/context.h"
+#include "kernels/cuda/ops.h"
 
 namespace slalom::cuda {
 
@@ -23,5 +24,39 @@ void SaladGates(const Context& context, const Tensor& x, const Tensor& weight, c
                 SaladGate gate, const Tensor& gates);
 // Every value of a sample becomes their mean; values [B, L] f32.
 void AverageSamples(const Context& context, const Tensor& values);
+
+// SALAD's linear branch, as LinearBranch takes it. Args is SaladArgs or SaladBackwardArgs.
+template <class Args>
+LinearBranchArgs SaladLinearArgs(const Args& args, const Tensor& out) {
+  LinearBranchArgs linear;
+  linear.q = args.q_normed;
+  linear.k = args.k_normed;
+  linear.v = args.v;
+  linear.feature = Feature::kRotatedRelu;
+  linear.cos = args.cos;
+  linear.sin = args.sin;
+  linear.out = out;
+  return linear;
+}
+
+struct SaladBranch {
+  Tensor own;        // [B, L, H, D]
+  Tensor projected;  // [B, L, H * D]
+};
+
+// The linear branch and what the projection makes of it, in scratch memory.
+template <class Args>
+SaladBranch ProjectedSaladBranch(const Context& context, const Args& args) {
+  const SaladBranch branch{context.Allocate(args.q.shape(), args.q.dtype()),
+                           context.Allocate(args.out.shape(), args.q.dtype())};
+  LinearBranch(context, SaladLinearArgs(args, branch.own));
+  LinearArgs projection;
+  projection.x = branch.own.Reshape(args.out.shape());
+  projection.weight = args.proj_weight;
+  projection.bias = args.proj_bias;
+  projection.out = branch.projected;
+  Linear(context, projection);
+  return branch;
+}
 
 }  // namespace slalom::cuda

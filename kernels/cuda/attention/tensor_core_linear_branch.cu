@@ -273,7 +273,8 @@ bool TensorCoreLinearBranchFits(const LinearBranchArgs& args) {
                           (args.map->block_q % kTile == 0 && args.map->block_k % kTile == 0);
   return args.q.dtype() == DType::kBF16 && (args.q.dim(3) == 64 || args.q.dim(3) == 128) &&
          blocks_fit && aligned(args.q) && aligned(args.k) && aligned(args.v) && aligned(args.out) &&
-         aligned(args.proj_weight) && aligned(args.proj_bias);
+         aligned(args.proj_weight) && aligned(args.proj_bias) && aligned(args.cos) &&
+         aligned(args.sin);
 }
 
 void TensorCoreLinearBranch(const Context& context, const LinearBranchArgs& args,

@@ -50,8 +50,8 @@ __device__ inline void MapKeys(const FeatureParameters& p, bf16 (&tile)[kTile][k
     if (p.feature == Feature::kRotatedRelu && there) {
       float c[4], s[4];
       const std::int64_t angle = (first + row) * (kD / 2) + chunk * 4;
-#pragma unroll
-      for (int i = 0; i < 4; ++i) c[i] = p.cos[angle + i], s[i] = p.sin[angle + i];
+      LoadConstants<4>(p.cos + angle, c);
+      LoadConstants<4>(p.sin + angle, s);
 #pragma unroll
       for (int i = 0; i < 4; ++i) RotatePair(c[i], s[i], x[2 * i], x[2 * i + 1]);
     }

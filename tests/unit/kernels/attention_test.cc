@@ -501,6 +501,9 @@ TEST_P(AttentionTest, SaladMapsAndGates) {
   RunSalad({2, 6, 8}, true, SaladGate::kToken, true, 3, 64);
   RunSalad({1, 1, 1}, false, SaladGate::kToken, true, 1, 64);
   RunSalad({3, 4, 5}, true, SaladGate::kToken, false, 2, 32);
+  RunSalad({2, 6, 7}, false, SaladGate::kToken, true, 2, 128);
+  RunSalad({3, 5, 7}, true, SaladGate::kSample, true, 2, 128);
+  RunSalad({2, 8, 9}, false, SaladGate::kSample, true, 3, 64);
 }
 
 TEST_P(AttentionTest, MassKept) {
