@@ -7,6 +7,7 @@
 #include "kernels/cuda/attention/block_map.h"
 #include "kernels/cuda/attention/linear_branch.h"
 #include "kernels/cuda/attention/problem.h"
+#include "kernels/cuda/attention/salad.h"
 #include "kernels/cuda/attention/sla.h"
 #include "tests/bench/kernels_bench.h"
 
@@ -133,8 +134,9 @@ void BenchSla(Bench& bench, const SparseCase& c, bool parts, const std::string& 
   });
 }
 
-// SALAD's layer between its projections: both branches, gate and mixing; with `map`, the map too.
-void BenchSalad(Bench& bench, const SparseCase& c, const std::string& name) {
+// SALAD's layer between its projections: map, both branches, gate and mixing; and with `parts` less
+// of them.
+void BenchSalad(Bench& bench, const SparseCase& c, bool parts, const std::string& name) {
   if (!bench.Wanted(name)) return;
   const std::int64_t width = c.heads * kHeadSize;
   const Tensor q = bench.Random(c.shape(), kBF16), k = bench.Random(c.shape(), kBF16);
@@ -153,7 +155,12 @@ void BenchSalad(Bench& bench, const SparseCase& c, const std::string& name) {
   args.gate_weight = bench.Random({1, width}, kF32, 0.02f);
   args.gate_bias = bench.Random({1}, kF32);
   args.out = bench.Empty({1, c.tokens, width}, kBF16);
-  bench.Flops(name, c.Flops(), [&] { backend.SaladAttention(args); });
+  if (parts) {
+    bench.Flops(name, c.Flops(), [&] { backend.SaladAttention(args); });
+    bench.Flops(name + ": pass by pass", c.Flops(), [&] {
+      cuda::SaladAttention(bench.backend().context(), args, cuda::SaladWay::kPlain);
+    });
+  }
   bench.Flops(name + ": with map", c.Flops(), [&] {
     const BlockMap own = backend.MakeBlockMap(map_args);
     SaladArgs with_map = args;
@@ -314,7 +321,7 @@ void BenchSweeps(Bench& bench) {
     BenchDense(bench, tokens, tokens, kHeads, kHeadSize, cuda::AttentionKernel::kHopper,
                name + ": dense");
     BenchSla(bench, {.tokens = tokens}, false, name + ": SLA 0.05");
-    BenchSalad(bench, {.tokens = tokens, .topk = 0.1}, name + ": SALAD 0.10");
+    BenchSalad(bench, {.tokens = tokens, .topk = 0.1}, false, name + ": SALAD 0.10");
   }
   for (const char* topk : {"0.02", "0.05", "0.10", "0.20", "0.30", "0.50", "0.75", "1.00"}) {
     const std::string name = std::string("sweep topk ") + topk;
@@ -338,8 +345,8 @@ void BenchSparseShapes(Bench& bench) {
   BenchSla(bench, narrow, true, "sla 0.05 64x64 marginal");
   BenchSla(bench, {.block_q = 64, .scope = LinearScope::kNonCritical}, true,
            "sla 0.05 64x64 noncritical");
-  BenchSalad(bench, {.topk = 0.1}, "salad 0.10 128x64");
-  BenchSalad(bench, {.block_q = 64, .topk = 0.1}, "salad 0.10 64x64");
+  BenchSalad(bench, {.topk = 0.1}, true, "salad 0.10 128x64");
+  BenchSalad(bench, {.block_q = 64, .topk = 0.1}, true, "salad 0.10 64x64");
 }
 
 }  // namespace
