@@ -9,6 +9,7 @@
 #include "kernels/backend.h"
 #include "kernels/core/error.h"
 #include "kernels/core/random.h"
+#include "model/adapter.h"
 #include "model/clip_cost.h"
 #include "model/text_encoder.h"
 #include "model/transformer.h"
@@ -108,16 +109,19 @@ class Bench {
 
 }  // namespace
 
-json BenchForward(const NetworkBenchOptions& options) {
+json BenchForward(const NetworkBenchOptions& options, AttentionKind attention) {
   Bench bench(options);
   Backend& backend = bench.backend();
   const TransformerConfig& config = bench.config().transformer;
   const auto transformer = bench.Load([&] {
-    return std::make_unique<Transformer>(backend,
-                                         Weights::Open(bench.Folder("transformer"), kDiffusersStem),
-                                         config, std::vector<AttentionAdapter>(), bench.dtype());
+    return std::make_unique<Transformer>(
+        backend, Weights::Open(bench.Folder("transformer"), kDiffusersStem), config,
+        LoadAdapters(options.folder, config), bench.dtype());
   });
-  const ClipShape shape = ShapeOf(bench.config(), bench.spec());
+  ClipSpec spec = bench.spec();
+  spec.attention = attention;
+  const ClipShape shape = ShapeOf(bench.config(), spec);
+  const AttentionSetting setting = transformer->Setting(attention);
   const TextContext text = transformer->PrepareText(
       backend, bench.Random({config.text_len, config.text_dim}, bench.dtype()));
   const RopeTables rope =
@@ -129,16 +133,16 @@ json BenchForward(const NetworkBenchOptions& options) {
   const std::vector<float> half = {500.0f};
   backend.Copy(Tensor::FromFloats({1}, half), timestep);
   const std::vector<const TextContext*> texts = {&text};
-  const AttentionSetting dense;
-  bench.Time(TransformerFlops(config, shape.grid.size(), AttentionKind::kDense, 0), [&] {
+  const double flops = TransformerFlops(config, shape.grid.size(), attention, setting.map.topk);
+  bench.Time(flops, [&] {
     transformer->Forward(backend, {.latent = latent,
                                    .timesteps = timestep,
                                    .text = texts,
                                    .rope = &rope,
-                                   .attention = &dense,
+                                   .attention = &setting,
                                    .velocity = velocity});
   });
-  bench.Predict(StepBytes(bench.config(), bench.spec(), bench.dtype(), backend.device()));
+  bench.Predict(StepBytes(bench.config(), spec, bench.dtype(), backend.device()));
   bench.RequireFinite(velocity, "the velocity");
   json report = bench.Report();
   report["tokens"] = shape.grid.size();

@@ -29,8 +29,9 @@ struct NetworkBenchOptions {
 // (median_seconds, best_seconds, tflops) and memory: peak_bytes beside the weights, with
 // predicted_bytes where there is a prediction. Throws what loading and running throw.
 
-// One dense pass of the transformer: batch 1, 512 rows of text.
-nlohmann::json BenchForward(const NetworkBenchOptions& options);
+// One pass of the transformer with that attention and the model's adapter for it: batch 1, 512 rows
+// of text.
+nlohmann::json BenchForward(const NetworkBenchOptions& options, AttentionKind attention);
 // 512 tokens through the text encoder.
 nlohmann::json BenchTextEncoder(const NetworkBenchOptions& options);
 // All latent frames of a clip, one per piece, without copying pixels to the host.

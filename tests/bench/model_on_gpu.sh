@@ -5,14 +5,17 @@
 #   tests/bench/model_on_gpu.sh RESULT_DIR PART...
 #
 #   tests      the gpu tests that need a model: parity, the pipeline on both devices, predicted memory
+#   sanitize   the same programs' small cases under compute-sanitizer's $SANITIZE (memcheck racecheck initcheck)
 #   model      writes the model folder of random weights, where it is not there yet
-#   networks   text encoder, one forward pass and decoding, alone: seconds, memory beside its prediction
-#   steps      one guided step for every kind of attention
+#   networks   text encoder, one forward pass with each $ATTENTION and decoding, alone: seconds, memory beside its prediction
+#   large      one forward pass of a transformer of 14B with each $ATTENTION
+#   steps      one guided step for each $ATTENTION
 #   clips      a clip of STEPS steps for each of $ATTENTION through the server, with the seconds of its stages
 #   leak       $CLIPS clips through one server; fails when memory grows after the first two
 #   peers      diffusers, eager; peers-compiled: torch.compile too, in the background (takes minutes);
 #              peers-wait waits for it and prints its table
-#   trace      GPU time by kernel, of one forward pass and of decoding (libgpu_trace.so, built where CUPTI is)
+#   trace      GPU time by kernel, of text, decoding and a forward pass with each $ATTENTION (libgpu_trace.so, built where
+#              CUPTI is)
 #
 # The environment may say: BUILD (build/cuda; or RUN, a command that runs a program of ours by its name, such as
 # that of a portable bundle), MODEL (a folder; written if absent), MODEL_ARGS (for write_random_model), DEVICE (cuda),
@@ -22,7 +25,7 @@
 #     BUILD=build/cpu tests/bench/model_on_gpu.sh /tmp/out model networks steps clips leak
 set -uo pipefail
 cd "$(dirname "$0")/../.." || exit 1
-[ $# -ge 2 ] || { sed -n '2,25p' "$0"; exit 2; }
+[ $# -ge 2 ] || { sed -n '2,30p' "$0"; exit 2; }
 out=$(realpath -m "$1"); shift
 mkdir -p "$out"
 DEVICE=${DEVICE:-cuda} SIZE=${SIZE:-832x480} FRAMES=${FRAMES:-81} STEPS=${STEPS:-50} REPEATS=${REPEATS:-5}
@@ -48,8 +51,8 @@ limited() {  # NAME ARGS...
 quiet() {
   local i
   [ "$DEVICE" = cuda ] || return 0
-  for i in $(seq 60); do
-    [ -z "$(nvidia-smi --query-compute-apps=pid --format=csv,noheader 2>/dev/null)" ] && return 0
+  for i in $(seq "${PATIENCE:-60}"); do
+    [ -z "$(nvidia-smi --id="${CUDA_VISIBLE_DEVICES:-0}" --query-compute-apps=pid --format=csv,noheader 2>/dev/null)" ] && return 0
     sleep 0.5
   done
   echo "(not alone on the GPU)"
@@ -104,13 +107,28 @@ part_model() {
   # shellcheck disable=SC2086
   limited write_random_model ${MODEL_ARGS:---size 1.3b --transformer-dtype bf16} "$MODEL" || fail "writing the model"
 }
-part_networks() {
-  local part
-  for part in text forward decode; do  # alone, so that each peak is its own
-    bench --sizes "${SIZE}x$FRAMES" --parts $part | tail -1 || fail "$part"
+kinds() { tr ' ' ',' <<<"$ATTENTION"; }
+part_sanitize() {
+  local tool test program
+  for tool in ${SANITIZE:-memcheck racecheck initcheck}; do
+    for test in pipeline_devices_test network_parity_test; do
+      find_program $test || { fail "$tool"; continue; }
+      timeout -k 5 "$LIMIT" compute-sanitizer --tool "$tool" --report-api-errors no --error-exitcode 9 "${program[@]}" \
+        --gtest_brief=1 --gtest_filter="${SANITIZE_FILTER:-*}" >"$out/$tool-$test.log" 2>&1 ||
+        { fail "$tool of $test"; grep -m 20 '=========' "$out/$tool-$test.log" | cut -c1-160; }
+      echo "$tool, $test: $(grep -E 'ERROR SUMMARY|RACECHECK SUMMARY|PASSED' "$out/$tool-$test.log" | tr '\n' ' ')"
+    done
   done
 }
-part_steps() { bench --sizes "${SIZE}x$FRAMES" --parts step | tail -n +3 || fail "steps"; }
+part_networks() {
+  bench --sizes "${SIZE}x$FRAMES" --parts text,forward,decode --attention "$(kinds)" | tail -n +3 || fail "networks"
+}
+part_large() {
+  local MODEL=${LARGE_MODEL:-$out/large}
+  [ -e "$MODEL/model_index.json" ] || limited write_random_model --size 14b --only transformer --transformer-dtype bf16 "$MODEL"
+  bench --sizes "${SIZE}x$FRAMES" --parts forward --attention "$(kinds)" | tail -n +3 || fail "large"
+}
+part_steps() { bench --sizes "${SIZE}x$FRAMES" --parts step --attention "$(kinds)" | tail -n +3 || fail "steps"; }
 part_clips() {
   local attention
   serve clips || return
@@ -155,15 +173,20 @@ part_peers-wait() {
   tail -12 "$out/peers-compiled.log"
   grep -q '^exit 0' "$out/peers-compiled.log" || fail "compiled peers"
 }
+trace() {  # text|decode|dense|sla|salad LIBRARY
+  local parts=(--parts "$1")
+  case $1 in dense | sla | salad) parts=(--parts forward --attention "$1") ;; esac
+  REPEATS=2 CUDA_INJECTION64_PATH=$2 GPU_TRACE_OUT="$out/trace-$1.txt" GPU_TRACE_RUNS=3 \
+    bench --sizes "${SIZE}x$FRAMES" "${parts[@]}" >"$out/trace-$1.log" 2>&1 || fail "trace, $1"
+  echo "--- $1"
+  cat "$out/trace-$1.txt"
+}
 part_trace() {
   local part library
   library=${TRACE_LIBRARY:-$(find "$BUILD" -name libgpu_trace.so 2>/dev/null | head -1)}
   [ -n "$library" ] || { fail "no libgpu_trace.so below $BUILD"; return; }
-  for part in forward decode; do
-    REPEATS=1 CUDA_INJECTION64_PATH=$library GPU_TRACE_OUT="$out/trace-$part.txt" GPU_TRACE_RUNS=2 \
-      bench --sizes "${SIZE}x$FRAMES" --parts $part >"$out/trace-$part.log" 2>&1 || fail "trace, $part"
-    echo "--- $part"
-    cat "$out/trace-$part.txt"
+  for part in text decode $ATTENTION; do
+    trace "$part" "$library"
   done
 }
 

@@ -136,7 +136,8 @@ def time_peer(part, args, latent_shape):
 
 def time_ours(args, size):
     command = [args.bench, "--model", args.model, "--device", args.device, "--dtype", "bf16"]
-    command += ["--sizes", size, "--parts", ",".join(args.parts), "--repeats", str(args.repeats)]
+    command += ["--sizes", size, "--parts", ",".join(args.parts), "--attention", "dense"]
+    command += ["--repeats", str(args.repeats)]
     done = subprocess.run(command + ["--json"], capture_output=True, text=True, check=False)
     if done.returncode != 0:
         return {"error": done.stderr.strip()[-400:]}

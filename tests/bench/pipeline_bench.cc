@@ -1,6 +1,7 @@
-// Times a model piece by piece, without a server: each network alone (one forward, 512 tokens of
-// text, decoding), one denoising step for every attention mode, and whole clips with the seconds of
-// each stage. Prints a table, or JSON for scripts; memory stands beside what was predicted.
+// Times a model piece by piece, without a server: each network alone (one forward with each
+// attention, 512 tokens of text, decoding), one denoising step with each, and whole clips with the
+// seconds of each stage. Prints a table, or JSON for scripts; memory stands beside what was
+// predicted.
 //
 //   pipeline_bench --model model/demo --sizes 256x256x33,384x384x49 --repeats 5
 //   pipeline_bench --model /data/random-1.3b --device cuda --parts forward,text,decode --json
@@ -12,10 +13,12 @@
 #include <cstdio>
 #include <exception>
 #include <iostream>
+#include <map>
 #include <memory>
 #include <nlohmann/json.hpp>
 #include <set>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "kernels/backend.h"
@@ -32,7 +35,8 @@ struct Options {
   std::string model = "model/demo";
   std::string device = "cpu";
   std::string dtype = "auto";
-  std::vector<std::string> sizes;  // WxHxF; empty: the model's default
+  std::vector<std::string> sizes;        // WxHxF; empty: the model's default
+  std::vector<AttentionKind> attention;  // for forward and step; empty: all that the model has
   std::set<std::string> parts = {"forward", "text", "decode", "step", "clip"};
   int repeats = 5;
   int clip_steps = 0;  // 0: the model's default
@@ -40,6 +44,12 @@ struct Options {
   double topk = 0.0;  // 0: the adapter's
   bool json = false;
 };
+
+// The dense pass is what others have, too, so that it has the plain name.
+constexpr std::array<std::pair<const char*, AttentionKind>, 3> kForwards = {
+    {{"forward", AttentionKind::kDense},
+     {"forward_sla", AttentionKind::kSla},
+     {"forward_salad", AttentionKind::kSalad}}};
 
 struct Size {
   int width = 0;
@@ -61,6 +71,10 @@ double Seconds(std::chrono::steady_clock::time_point since) {
 const char* Name(AttentionKind kind) {
   static constexpr std::array kNames = {"dense", "sla", "salad"};
   return kNames[static_cast<std::size_t>(kind)];
+}
+
+bool Wanted(const Options& options, AttentionKind kind) {
+  return options.attention.empty() || std::ranges::count(options.attention, kind) > 0;
 }
 
 Size ParseSize(const std::string& text) {
@@ -108,6 +122,7 @@ StepTimes TimeSteps(const Pipeline& pipeline, const ClipSpec& spec,
 nlohmann::json BenchSteps(const Pipeline& pipeline, const Options& options, const Size& size) {
   nlohmann::json rows = nlohmann::json::array();
   for (const ModelInfo::Attention& mode : pipeline.info().attention) {
+    if (!Wanted(options, mode.kind)) continue;
     const ClipSpec spec =
         pipeline.Resolve(MakeRequest(size, options.repeats + 1, mode.kind, options.topk));
     std::unique_ptr<Generation> clip;
@@ -173,7 +188,11 @@ nlohmann::json BenchNetworks(const Options& options, const Size& size) {
                                        .num_frames = size.frames};
   nlohmann::json row = nlohmann::json::object();
   if (options.parts.contains("text")) row["text"] = BenchTextEncoder(network);
-  if (options.parts.contains("forward")) row["forward"] = BenchForward(network);
+  for (const auto& [key, kind] : kForwards) {
+    if (options.parts.contains("forward") && Wanted(options, kind)) {
+      row[key] = BenchForward(network, kind);
+    }
+  }
   if (options.parts.contains("decode")) row["decode"] = BenchDecoder(network);
   return row;
 }
@@ -185,11 +204,11 @@ void PrintTable(const nlohmann::json& report) {
   for (const auto& row : report["sizes"]) {
     std::printf("%dx%dx%d\n", row["width"].get<int>(), row["height"].get<int>(),
                 row["frames"].get<int>());
-    for (const char* part : {"text", "forward", "decode"}) {
+    for (const char* part : {"text", "forward", "forward_sla", "forward_salad", "decode"}) {
       if (!row.contains(part)) continue;
       const auto& one = row[part];
       std::printf(
-          "  %-8s median %9.4f s  best %9.4f s  %8.2f TFLOP/s  load %7.2f s  peak %8.1f MiB", part,
+          "  %-13s median %9.4f s  best %9.4f s  %8.2f TFLOP/s  load %7.2f s  peak %8.1f MiB", part,
           one["median_seconds"].get<double>(), one["best_seconds"].get<double>(),
           one["tflops"].get<double>(), one["load_seconds"].get<double>(),
           one["peak_bytes"].get<double>() / kMiB);
@@ -272,6 +291,12 @@ int main(int argc, char** argv) {
   app.add_option("--parts", options.parts, "of forward, text, decode, step, clip; default: all")
       ->delimiter(',')
       ->check(CLI::IsMember({"forward", "text", "decode", "step", "clip"}));
+  app.add_option("--attention", options.attention, "of dense, sla, salad, for forward and step")
+      ->delimiter(',')
+      ->transform(CLI::CheckedTransformer(
+          std::map<std::string, slalom::AttentionKind>{{"dense", slalom::AttentionKind::kDense},
+                                                       {"sla", slalom::AttentionKind::kSla},
+                                                       {"salad", slalom::AttentionKind::kSalad}}));
   app.add_option("--repeats", options.repeats, "runs that are counted")->check(CLI::Range(1, 99));
   app.add_option("--clip-steps", options.clip_steps, "denoising steps of a whole clip, 0: default");
   app.add_option("--threads", options.threads, "CPU threads, 0: all");
