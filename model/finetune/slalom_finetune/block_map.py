@@ -16,7 +16,7 @@ NEGLIGIBLE, CRITICAL, MARGINAL = 0, 1, 2
 
 
 def blocks(length: int, block: int) -> int:
-    return -(-length // block)
+    return (length + block - 1) // block
 
 
 def pooled(x: Tensor, block: int) -> Tensor:

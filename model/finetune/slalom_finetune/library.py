@@ -63,15 +63,15 @@ class Library:
                 self._contexts[name] = context if status == 0 else None
             return self._contexts[name]
 
-    def call(self, function: str, kind: type[ctypes.Structure], device: torch.device, tensors: dict[str, Tensor | None],
-             **values: object) -> None:
+    def call(self, function: str, struct: type[ctypes.Structure], device: torch.device,
+             tensors: dict[str, Tensor | None], **values: object) -> None:
         """Tensors must be contiguous, as they are passed by pointer alone."""
         for name, tensor in tensors.items():
             if tensor is not None and not tensor.is_contiguous():
                 raise ValueError(f"{function}: {name} is not contiguous")
         pointers = {name: t.data_ptr() for name, t in tensors.items() if t is not None}
         stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else None
-        args, context = kind(size=ctypes.sizeof(kind), stream=stream, **values, **pointers), self.context(device)
+        args, context = struct(size=ctypes.sizeof(struct), stream=stream, **values, **pointers), self.context(device)
         status = getattr(self._dll, function)(context, ctypes.byref(args))
         if status:
             why = (self._dll.slalom_context_error(context) or b"").decode(errors="replace")

@@ -1,8 +1,8 @@
 """The attention layers as PyTorch operators, with gradients, for eager code and torch.compile.
 
 Tensors are [B, L, H, D], as the library has them; classes are a block map's, u8 [B, H, Nq, Nk], held fixed.
-`slalom::sla` and `slalom::salad` are computed by libslalom_attention where it is there; without it SLA is
-fallback.py's, and SALAD is composed of that and of plain PyTorch (salad.py).
+`slalom::block_map`, `slalom::sla` and `slalom::salad` are computed by libslalom_attention where it is there; without it
+SLA is fallback.py's, and SALAD is composed of that and of plain PyTorch (salad.py).
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-from . import fallback
-from .library import (DTYPES, FEATURE_MAPS, GATES, MAPS, SCOPES, SaladArgs, SlaArgs, library_for)
+from . import block_map, fallback
+from .library import (DTYPES, FEATURE_MAPS, GATES, MAPS, SCOPES, MapArgs, SaladArgs, SlaArgs, library_for)
+from .options import AttentionOptions
 
 
 def _sizes(q: Tensor) -> dict[str, int]:
@@ -26,12 +27,47 @@ def _swapped(*tensors: Tensor) -> list[Tensor]:
 
 
 def _dense(*tensors: Tensor | None) -> list[Tensor | None]:
-    return [None if x is None else x.contiguous() for x in tensors]
+    """As the library takes them: contiguous, and on 16 bytes, which slices and mapped files need not be."""
+    dense = [None if x is None else x.contiguous() for x in tensors]
+    return [x.clone() if x is not None and x.data_ptr() % 16 else x for x in dense]
 
 
 def _lse(q: Tensor) -> Tensor:
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     return q.new_empty(q.shape[0], q.shape[2], q.shape[1], dtype=wide)
+
+
+@torch.library.custom_op("slalom::block_map", mutates_args=())
+def block_map_op(q: Tensor, k: Tensor, kind: str, topk: float, negligible: float, block_q: int, block_k: int) -> Tensor:
+    """q, k after rotation -> classes u8 [B, H, Nq, Nk]; of windows only the sizes matter.  No gradient."""
+    b, length, heads, _ = q.shape
+    options = AttentionOptions(topk=topk, negligible=negligible, block_q=block_q, block_k=block_k)
+    if kind == "window":
+        return block_map.window_map(b, heads, length, options, q.device).contiguous()
+    found = library_for(q)
+    if found is None:
+        return block_map.topk_map(*_swapped(q, k), options)
+    q, k = _dense(q, k)
+    classes = _classes(q, block_q, block_k)
+    found.call("slalom_make_map", MapArgs, q.device, {"q": q, "k": k, "map": classes}, **_sizes(q), kind=MAPS[kind],
+               topk=topk, negligible=negligible, block_q=block_q, block_k=block_k)
+    return classes
+
+
+def _classes(q: Tensor, block_q: int, block_k: int) -> Tensor:
+    b, length, heads, _ = q.shape
+    return q.new_empty(b, heads, block_map.blocks(length, block_q), block_map.blocks(length, block_k), dtype=torch.uint8)
+
+
+@block_map_op.register_fake
+def _(q, k, kind, topk, negligible, block_q, block_k):  # noqa: ANN001, ANN202
+    return _classes(q, block_q, block_k)
+
+
+def classes_of(q: Tensor, k: Tensor, options: AttentionOptions) -> Tensor:
+    """The map that `options` ask for; q, k [B, L, H, D]."""
+    return block_map_op(q.detach(), k.detach(), options.map, options.topk, options.negligible, options.block_q,
+                        options.block_k)
 
 
 @torch.library.custom_op("slalom::sla", mutates_args=())

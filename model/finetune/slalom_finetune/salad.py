@@ -9,10 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from . import block_map
 from .fallback import EPSILON
 from .library import has_library
-from .ops import salad_op, sla_op
+from .ops import classes_of, salad_op, sla_op
 from .options import RASTER, AttentionOptions
 from .rope import Rope, rotate
 from .token_order import Grid, inverse, tile_order, time_last
@@ -58,7 +57,7 @@ class SaladAttention(nn.Module):
         x, q, k, v = (t.to(dtype) for t in (x, q, k, v))
         rotated = rotate(q, rope), rotate(k, rope)
         if classes is None:
-            classes = self._map(*rotated)
+            classes = classes_of(*rotated, self.options)
         with torch.autocast(kind, enabled=False):
             if self.proj is not None and has_library(dtype, x.device):
                 out, _ = salad_op(*rotated, v, q, k, *rope, x, classes, self.proj.weight.to(dtype), self.proj.bias,
@@ -69,11 +68,6 @@ class SaladAttention(nn.Module):
                 if self.proj is not None:
                     out = out + self._gated_linear(x, q, k, v, rope).to(dtype)
         return out.to(given)
-
-    def _map(self, q: Tensor, k: Tensor) -> Tensor:
-        if self.options.map == "topk":
-            return block_map.topk_map(q.transpose(1, 2), k.transpose(1, 2), self.options)
-        return block_map.window_map(q.shape[0], q.shape[2], q.shape[1], self.options, q.device)
 
     def _sparse(self, q: Tensor, k: Tensor, v: Tensor, classes: Tensor, grid: Grid) -> Tensor:
         def attend(q: Tensor, k: Tensor, v: Tensor, classes: Tensor) -> Tensor:

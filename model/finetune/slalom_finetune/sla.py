@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from . import block_map
 from .fallback import EPSILON, features
-from .ops import sla_op
+from .ops import classes_of, sla_op
 from .options import RASTER, AttentionOptions
 from .token_order import Grid, inverse, tile_order
 
@@ -78,12 +78,13 @@ class SparseLinearAttention(nn.Module):
         given, dtype = q.dtype, self.dtype
         if dtype is None:
             dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else q.dtype
-        if classes is None and options.topk:
-            classes = block_map.topk_map(q, k, options)
-        q, k, v = (x.to(dtype) for x in (q, k, v))
         if not options.topk and classes is None:
-            return linear_only(q, k, v, self.proj_l, options.feature_map).to(given)
-        out, _ = sla_op(*(x.transpose(1, 2) for x in (q, k, v)), classes, self.proj_l.weight, self.proj_l.bias,
+            return linear_only(*(x.to(dtype) for x in (q, k, v)), self.proj_l, options.feature_map).to(given)
+        # The operators' order of dimensions, copied here once or not at all.
+        q, k, v = (x.transpose(1, 2).contiguous() for x in (q, k, v))
+        if classes is None:
+            classes = classes_of(q, k, options)
+        out, _ = sla_op(*(x.to(dtype) for x in (q, k, v)), classes, self.proj_l.weight, self.proj_l.bias,
                         options.scope, options.feature_map, options.block_q, options.block_k)
         return out.transpose(1, 2).to(given)
 

@@ -35,14 +35,20 @@ def error(ours: Tensor, reference: Tensor) -> float:
     return float((ours - reference).abs().max() / reference.abs().max())
 
 
-def cases(kind: str) -> list[str]:
-    return sorted(f.name.removesuffix(".out.safetensors") for f in CASES.glob(f"{kind}_*.out.safetensors"))
+def cases(network: str) -> list[str]:
+    """The goldens of one of run_network's networks."""
+    found = []
+    for file in CASES.glob(f"{network}_*.out.safetensors"):
+        with safe_open(file, "pt") as opened:
+            if json.loads(opened.metadata()["args"])[0] == network:
+                found.append(file.name.removesuffix(".out.safetensors"))
+    return sorted(found)
 
 
 def sla_module(options: dict[str, str], inputs: dict[str, Tensor]) -> SparseLinearAttention:
-    module = SparseLinearAttention(inputs["q"].shape[-1], float(options["topk"]), options["feature-map"],
+    module = SparseLinearAttention(inputs["q"].shape[-1], float(options.get("topk", 0.5)), options["feature-map"],
                                    int(options["block-q"]), int(options["block-k"]), scope=options["scope"],
-                                   negligible=float(options["negligible"]))
+                                   negligible=float(options.get("negligible", 0.0)))
     module.load_state_dict({"proj_l.weight": inputs["proj_weight"], "proj_l.bias": inputs["proj_bias"]})
     module.dtype = torch.float32
     return module
@@ -66,6 +72,17 @@ def test_sla_in_bf16_keeps_the_error_rule(case: str) -> None:
     out = module(inputs["q"], inputs["k"], inputs["v"], classes=inputs["map"])
     assert out.dtype == torch.float32
     assert error(out, outputs["o"]) <= 2 * error(outputs["o_bf16"], outputs["o"])
+
+
+@pytest.mark.parametrize("case", cases("sla_backward"))
+def test_sla_has_the_gradients_of_autograd(case: str) -> None:
+    options, inputs, outputs = golden(case)
+    module = sla_module(options, inputs)
+    tensors = [inputs[name].requires_grad_() for name in ("q", "k", "v")]
+    out = module(*tensors, classes=inputs["map"])
+    got = gradients((out * inputs["do"]).sum(), [*tensors, *module.parameters()])
+    for name, mine in zip(("dq", "dk", "dv", "dproj_weight", "dproj_bias"), got):
+        assert error(mine, outputs[name]) < 1e-4, name
 
 
 @pytest.mark.parametrize("case", cases("salad"))
@@ -181,21 +198,21 @@ def test_a_tile_order_is_a_permutation_of_near_tokens() -> None:
 def test_tiles_in_the_modules_are_a_permutation_around_them() -> None:
     grid, tile = (5, 4, 6), (2, 4, 2)
     order = tile_order(grid, tile)
-    q, k, v = (torch.randn(1, 2, 120, 12) for _ in range(3))
-    plain, tiled = (SparseLinearAttention(12, 0.3, BLKQ=16, BLKK=16, tile=t) for t in ((1, 1, 1), tile))
+    q, k, v = (torch.randn(1, 2, 120, 16) for _ in range(3))
+    plain, tiled = (SparseLinearAttention(16, 0.3, BLKQ=16, BLKK=16, tile=t) for t in ((1, 1, 1), tile))
     for module in (plain, tiled):
         module.dtype = torch.float32
-        module.proj_l.weight.data.copy_(torch.eye(12))
+        module.proj_l.weight.data.copy_(torch.eye(16))
     expected = plain(*(x[:, :, order] for x in (q, k, v)))
     assert torch.equal(tiled(q, k, v, grid=grid)[:, :, order], expected)
     with pytest.raises(ValueError, match="grid"):
         tiled(q, k, v)
 
-    x, heads_last = torch.randn(1, 120, 24), [t.transpose(1, 2) for t in (q, k, v)]
-    rope = rope_table(grid, 12)
-    plain, tiled = (SaladAttention(2, 12, 0.3, 16, 16, tile=t) for t in ((1, 1, 1), tile))
+    x, heads_last = torch.randn(1, 120, 32), [t.transpose(1, 2) for t in (q, k, v)]
+    rope = rope_table(grid, 16)
+    plain, tiled = (SaladAttention(2, 16, 0.3, 16, 16, tile=t) for t in ((1, 1, 1), tile))
     for module in (plain, tiled):
-        module.proj.weight.data.copy_(torch.eye(24))
+        module.proj.weight.data.copy_(torch.eye(32))
     turned = tuple(table[order] for table in rope)
     expected = plain(x[:, order], *(t[:, order] for t in heads_last), turned, grid)
     assert torch.equal(tiled(x, *heads_last, rope, grid)[:, order], expected)
@@ -204,26 +221,27 @@ def test_tiles_in_the_modules_are_a_permutation_around_them() -> None:
 @pytest.mark.parametrize("kind", ["sla", "salad"])
 def test_torch_compile_gives_one_graph_with_the_same_gradients(kind: str) -> None:
     torch.manual_seed(1)
-    grid, shape = (2, 5, 8), (1, 80, 2, 16)
-    rope = rope_table(grid, 16)
     if kind == "sla":
         module = SparseLinearAttention.of(16, AttentionOptions(topk=0.3, block_q=16, block_k=16))
-        def run(x, q, k, v):  # noqa: ANN001, ANN202, E306
+        def run(x, q, k, v, rope, grid):  # noqa: ANN001, ANN202, E306
             return module(*(rotate(t, rope).transpose(1, 2) for t in (q, k)), v.transpose(1, 2)).transpose(1, 2)
     else:
         module = SaladAttention(2, 16, 0.3, 16, 16)
-        def run(x, q, k, v):  # noqa: ANN001, ANN202, E306
+        def run(x, q, k, v, rope, grid):  # noqa: ANN001, ANN202, E306
             return module(x, q, k, v, rope, grid)
     for parameter in module.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
-    tensors = [torch.randn(1, 80, 32).requires_grad_(), *(torch.randn(shape).requires_grad_() for _ in range(3))]
-    plain = run(*tensors)
-    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")(*tensors)
-    assert error(compiled, plain) < 1e-5
-    used = tensors[1:] if kind == "sla" else tensors
-    used = used + list(module.parameters())
-    for mine, reference in zip(gradients(compiled.square().sum(), used), gradients(plain.square().sum(), used)):
-        assert error(mine, reference) < 1e-4
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    for grid in ((2, 5, 8), (3, 5, 8), (4, 5, 9)):  # from the second on, the length is a symbol
+        length = grid[0] * grid[1] * grid[2]
+        tensors = [torch.randn(1, length, 32).requires_grad_(),
+                   *(torch.randn(1, length, 2, 16).requires_grad_() for _ in range(3))]
+        more = rope_table(grid, 16), grid
+        plain, mine = run(*tensors, *more), compiled(*tensors, *more)
+        assert error(mine, plain) < 1e-5
+        used = (tensors[1:] if kind == "sla" else tensors) + list(module.parameters())
+        for one, reference in zip(gradients(mine.square().sum(), used), gradients(plain.square().sum(), used)):
+            assert error(one, reference) < 1e-4
 
 
 def test_the_operator_keeps_the_rules_of_torch_library() -> None:
