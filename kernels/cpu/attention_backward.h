@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <functional>
+#include <type_traits>
 #include <vector>
 
 #include "kernels/attention.h"
@@ -14,6 +15,27 @@ namespace slalom {
 
 // A head's tokens, in its own order: [length, width], columns from the head size on are zero.
 using HeadMatrix = std::vector<float>;
+
+// A head's rows of `size` channels, in the order of their positions.
+template <typename T>
+HeadMatrix LoadHead(const simd::Kernels& kernels, const HeadRows<T>& from, std::int64_t length,
+                    std::int64_t size) {
+  const std::int64_t width = RoundUp(size, 16);
+  HeadMatrix rows(static_cast<std::size_t>(length * width), 0.0f);
+  for (std::int64_t r = 0; r < length; ++r) {
+    simd::Rows<std::remove_const_t<T>>(kernels).widen(from.row(r), 1.0f, size,
+                                                      rows.data() + r * width);
+  }
+  return rows;
+}
+template <typename T>
+void StoreHead(const simd::Kernels& kernels, const HeadMatrix& rows, const HeadRows<T>& to,
+               std::int64_t length, std::int64_t size) {
+  const std::int64_t width = RoundUp(size, 16);
+  for (std::int64_t r = 0; r < length; ++r) {
+    simd::Rows<T>(kernels).narrow(rows.data() + r * width, size, to.row(r));
+  }
+}
 
 // The sparse branch of one head.
 class SparseBranchGradient {

@@ -132,12 +132,9 @@ class LinearHead {
     return (head_index_ / s_.heads * s_.length + row) * ld + head_index_ % s_.heads * s_.head_size;
   }
   HeadMatrix Load(const Tensor& x) const {
-    HeadMatrix rows(static_cast<std::size_t>(s_.length * width_), 0.0f);
-    const auto from = RowsOfHead<const T>(x, head_index_ / s_.heads, head_index_ % s_.heads);
-    for (std::int64_t r = 0; r < s_.length; ++r) {
-      simd::Rows<T>(kernels_).widen(from.row(r), 1.0f, s_.head_size, rows.data() + r * width_);
-    }
-    return rows;
+    return LoadHead(kernels_,
+                    RowsOfHead<const T>(x, head_index_ / s_.heads, head_index_ % s_.heads),
+                    s_.length, s_.head_size);
   }
   // relu(x), as it is and rotated.
   void Features(const Tensor& x, HeadMatrix& divisors, HeadMatrix& rotated) const {
@@ -330,18 +327,10 @@ class SaladGradient {
       return RowsOfHead<T>(x.Reshape(args_.q.shape()), b, h, order);
     };
     const auto load = [&](const Tensor& x) {
-      HeadMatrix rows(linear_d_v.size(), 0.0f);
-      const auto from = by_head(x);
-      for (std::int64_t p = 0; p < s_.length; ++p) {
-        simd::Rows<T>(kernels_).widen(from.row(p), 1.0f, size, rows.data() + p * width);
-      }
-      return rows;
+      return LoadHead(kernels_, by_head(x), s_.length, size);
     };
     const auto store = [&](const HeadMatrix& rows, const Tensor& x) {
-      const auto to = by_head(x);
-      for (std::int64_t p = 0; p < s_.length; ++p) {
-        simd::Rows<T>(kernels_).narrow(rows.data() + p * width, size, to.row(p));
-      }
+      StoreHead(kernels_, rows, by_head(x), s_.length, size);
     };
     const HeadMatrix q = load(args_.q), k = load(args_.k), v = load(args_.v);
     const HeadMatrix d_out = load(args_.d_out), out = load(args_.out);

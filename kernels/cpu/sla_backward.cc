@@ -94,18 +94,14 @@ class SlaHead {
 
  private:
   HeadMatrix Load(const Tensor& x) const {
-    HeadMatrix rows(floats_, 0.0f);
-    const auto from = RowsOfHead<const T>(x, head_index_ / s_.heads, head_index_ % s_.heads);
-    for (std::int64_t r = 0; r < s_.length; ++r) {
-      simd::Rows<T>(kernels_).widen(from.row(r), 1.0f, s_.head_size, rows.data() + r * width_);
-    }
-    return rows;
+    return LoadHead(kernels_, Own<const T>(x), s_.length, s_.head_size);
   }
   void Store(const HeadMatrix& rows, const Tensor& x) const {
-    const auto to = RowsOfHead<T>(x, head_index_ / s_.heads, head_index_ % s_.heads);
-    for (std::int64_t r = 0; r < s_.length; ++r) {
-      simd::Rows<T>(kernels_).narrow(rows.data() + r * width_, s_.head_size, to.row(r));
-    }
+    StoreHead(kernels_, rows, Own<T>(x), s_.length, s_.head_size);
+  }
+  template <typename U>
+  HeadRows<U> Own(const Tensor& x) const {
+    return RowsOfHead<U>(x, head_index_ / s_.heads, head_index_ % s_.heads);
   }
   HeadMatrix Features(const HeadMatrix& x) const {
     HeadMatrix rows(floats_, 0.0f);
