@@ -134,15 +134,31 @@ void MakeMap(Backend& backend, const slalom_map_args& a) {
   backend.Copy(map.classes, out);
 }
 
-SlaArgs SlaInputs(const Problem& p, const slalom_sla_args& a) {
-  SlaArgs args;
+// What every attention reads first. Args is the backend's struct of either direction.
+template <typename Args, typename Given>
+void WrapInputs(const Problem& p, const Given& a, Args& args) {
   args.q = p.Wrap(a.q, p.by_head(), p.type(), "q");
   args.k = p.Wrap(a.k, p.by_head(), p.type(), "k");
   args.v = p.Wrap(a.v, p.by_head(), p.type(), "v");
+}
+
+// What every gradient reads and writes; `out` is the shape of the attention's output.
+template <typename Args, typename Given>
+void WrapGradients(const Problem& p, const Given& a, const Shape& out, Args& args) {
+  args.lse = p.Wrap(a.lse, p.per_row(), DType::kF32, "lse");
+  args.d_out = p.Wrap(a.d_out, out, p.type(), "d_out");
+  args.d_q = p.Wrap(a.d_q, p.by_head(), p.type(), "d_q");
+  args.d_k = p.Wrap(a.d_k, p.by_head(), p.type(), "d_k");
+  args.d_v = p.Wrap(a.d_v, p.by_head(), p.type(), "d_v");
+}
+
+template <typename Args>
+Args WrapSla(const Problem& p, const slalom_sla_args& a) {
+  Args args;
+  WrapInputs(p, a, args);
   args.scope = Choice<LinearScope>(a.scope, 3, "scope");
   args.feature_map = Choice<FeatureMap>(a.feature_map, 3, "feature_map");
   args.out = p.Wrap(a.out, p.by_head(), p.type(), "out");
-  args.lse = p.WrapIf(a.lse, p.per_row(), DType::kF32, "lse");
   if (a.proj_weight != nullptr) {
     const std::int64_t d = p.head_size();
     args.proj_weight = p.Wrap(a.proj_weight, {d, d}, DType::kF32, "proj_weight");
@@ -153,7 +169,8 @@ SlaArgs SlaInputs(const Problem& p, const slalom_sla_args& a) {
 
 void SlaForward(Backend& backend, const slalom_sla_args& a) {
   const Problem p(backend, a);
-  SlaArgs args = SlaInputs(p, a);
+  auto args = WrapSla<SlaArgs>(p, a);
+  args.lse = p.WrapIf(a.lse, p.per_row(), DType::kF32, "lse");
   const BlockMap map = p.Map(a.map);
   args.map = &map;
   backend.SlaAttention(args);
@@ -161,21 +178,8 @@ void SlaForward(Backend& backend, const slalom_sla_args& a) {
 
 void SlaBackward(Backend& backend, const slalom_sla_args& a) {
   const Problem p(backend, a);
-  const SlaArgs inputs = SlaInputs(p, a);
-  SlaBackwardArgs args;
-  args.q = inputs.q;
-  args.k = inputs.k;
-  args.v = inputs.v;
-  args.scope = inputs.scope;
-  args.feature_map = inputs.feature_map;
-  args.proj_weight = inputs.proj_weight;
-  args.proj_bias = inputs.proj_bias;
-  args.out = inputs.out;
-  args.lse = p.Wrap(a.lse, p.per_row(), DType::kF32, "lse");
-  args.d_out = p.Wrap(a.d_out, p.by_head(), p.type(), "d_out");
-  args.d_q = p.Wrap(a.d_q, p.by_head(), p.type(), "d_q");
-  args.d_k = p.Wrap(a.d_k, p.by_head(), p.type(), "d_k");
-  args.d_v = p.Wrap(a.d_v, p.by_head(), p.type(), "d_v");
+  auto args = WrapSla<SlaBackwardArgs>(p, a);
+  WrapGradients(p, a, p.by_head(), args);
   if (args.proj_weight.defined()) {
     args.d_proj_weight =
         p.Wrap(a.d_proj_weight, args.proj_weight.shape(), DType::kF32, "d_proj_weight");
@@ -186,19 +190,16 @@ void SlaBackward(Backend& backend, const slalom_sla_args& a) {
   backend.SlaAttentionBackward(args);
 }
 
-SaladArgs SaladInputs(const Problem& p, const slalom_salad_args& a) {
+template <typename Args>
+Args WrapSalad(const Problem& p, const slalom_salad_args& a) {
   const std::int64_t d = p.width();
-  SaladArgs args;
-  args.q = p.Wrap(a.q, p.by_head(), p.type(), "q");
-  args.k = p.Wrap(a.k, p.by_head(), p.type(), "k");
-  args.v = p.Wrap(a.v, p.by_head(), p.type(), "v");
+  Args args;
+  WrapInputs(p, a, args);
   args.map_kind = Choice<BlockMapKind>(a.map_kind, 2, "map_kind");
   args.grid = GridOf(a.grid_frames, a.grid_height, a.grid_width,
                      args.map_kind == BlockMapKind::kWindow, p.length());
   args.gate = Choice<SaladGate>(a.gate, 2, "gate");
   args.out = p.Wrap(a.out, p.rows(), p.type(), "out");
-  args.lse = p.WrapIf(a.lse, p.per_row(), DType::kF32, "lse");
-  args.gate_out = p.WrapIf(a.gate_out, {p.batch(), p.length()}, DType::kF32, "gate_out");
   if (a.proj_weight == nullptr) return args;
   const Shape angles{p.length(), p.head_size() / 2};
   args.q_normed = p.Wrap(a.q_normed, p.by_head(), p.type(), "q_normed");
@@ -215,7 +216,9 @@ SaladArgs SaladInputs(const Problem& p, const slalom_salad_args& a) {
 
 void SaladForward(Backend& backend, const slalom_salad_args& a) {
   const Problem p(backend, a);
-  SaladArgs args = SaladInputs(p, a);
+  auto args = WrapSalad<SaladArgs>(p, a);
+  args.lse = p.WrapIf(a.lse, p.per_row(), DType::kF32, "lse");
+  args.gate_out = p.WrapIf(a.gate_out, {p.batch(), p.length()}, DType::kF32, "gate_out");
   BlockMap map = p.Map(a.map);
   map.grid = args.grid;
   args.map = &map;
@@ -224,29 +227,8 @@ void SaladForward(Backend& backend, const slalom_salad_args& a) {
 
 void SaladBackward(Backend& backend, const slalom_salad_args& a) {
   const Problem p(backend, a);
-  const SaladArgs inputs = SaladInputs(p, a);
-  SaladBackwardArgs args;
-  args.q = inputs.q;
-  args.k = inputs.k;
-  args.v = inputs.v;
-  args.q_normed = inputs.q_normed;
-  args.k_normed = inputs.k_normed;
-  args.cos = inputs.cos;
-  args.sin = inputs.sin;
-  args.x = inputs.x;
-  args.map_kind = inputs.map_kind;
-  args.grid = inputs.grid;
-  args.gate = inputs.gate;
-  args.proj_weight = inputs.proj_weight;
-  args.proj_bias = inputs.proj_bias;
-  args.gate_weight = inputs.gate_weight;
-  args.gate_bias = inputs.gate_bias;
-  args.out = inputs.out;
-  args.lse = p.Wrap(a.lse, p.per_row(), DType::kF32, "lse");
-  args.d_out = p.Wrap(a.d_out, p.rows(), p.type(), "d_out");
-  args.d_q = p.Wrap(a.d_q, p.by_head(), p.type(), "d_q");
-  args.d_k = p.Wrap(a.d_k, p.by_head(), p.type(), "d_k");
-  args.d_v = p.Wrap(a.d_v, p.by_head(), p.type(), "d_v");
+  auto args = WrapSalad<SaladBackwardArgs>(p, a);
+  WrapGradients(p, a, p.rows(), args);
   if (args.proj_weight.defined()) {
     args.d_q_normed = p.Wrap(a.d_q_normed, p.by_head(), p.type(), "d_q_normed");
     args.d_k_normed = p.Wrap(a.d_k_normed, p.by_head(), p.type(), "d_k_normed");
