@@ -28,22 +28,32 @@ TESTS = HERE.parents[2] / "tests" / "demo"
 
 
 @dataclass(frozen=True)
+class ClipSet:
+    """Clips of one size: at most `clips` from each encoder, encoded `chunk` at a time; and their training."""
+
+    size: int
+    frames: int
+    clips: int
+    chunk: int
+    gpus: tuple[int, ...]  # of the encoders
+    batch: int
+    turns: int
+
+
+@dataclass(frozen=True)
 class Sizes:
     """Everything that --tiny changes."""
 
-    size: int = 256
-    frames: int = 33
-    clips: int = 6_144  # of each encoder
-    chunk: int = 16
+    sets: tuple[ClipSet, ...] = (ClipSet(256, 33, 8_192, 16, (0, 1), 48, 4), ClipSet(384, 49, 3_072, 4, (2,), 12, 1))
     seconds: int = 75  # of rendering and encoding
-    batch: int = 48
     compile: tuple[str, ...] = ("--compile",)
     length: tuple[str, ...] = ()  # instead of the minutes
     sampling: tuple[str, ...] = ("--batch", "50")
     least: float = 1.0  # factor on the seconds a phase needs at least
 
 
-TINY = Sizes(32, 9, 4, 2, 150, 2, (), ("--steps", "6", "--warmup", "2"), ("--steps", "2", "--batch", "2"), 0.2)
+TINY = Sizes((ClipSet(32, 9, 4, 2, (0, 1), 2, 2), ClipSet(48, 13, 4, 2, (0,), 1, 1)), 150, (),
+             ("--steps", "6", "--warmup", "2"), ("--steps", "2", "--batch", "2"), 0.2)
 
 # 36 blocks of 64 tokens at 256x256x33: one critical block is a sparsity of 97.2 %, three are 91.7 %.
 SLA = ("--attention", "sla", "--topk", 0.05, "--negligible", 0.1, "--scope", "marginal")
@@ -68,14 +78,24 @@ def write_captions(file: Path, count: int, suffix: str) -> None:
     file.write_text(json.dumps(clips))
 
 
-def encoders(args: argparse.Namespace, size: int, frames: int, clips: int, chunk: int, seconds: int, seed: int,
-             compiled: tuple[str, ...]) -> list[Phase]:
-    """One on each GPU, into one folder of latents."""
+def encoders(args: argparse.Namespace, clips: ClipSet, seconds: int, seed: int, compiled: tuple[str, ...]) -> list[Phase]:
+    """Into one folder of latents, from several GPUs if there are any."""
     vae = MODEL / "vae" / "diffusion_pytorch_model.safetensors"
-    return [Phase(f"latents {i + 1}", script(
+    gpus = clips.gpus if len(args.gpus) > 1 else clips.gpus[:1]
+    return [Phase(f"latents {clips.size}x{clips.frames} {i + 1}", script(
         "latents.py", "--vocabulary", MODEL / "tokenizer" / "spiece.model", "--workers", args.workers, "--vae", vae, "--out",
-        args.work / "encoded", "--size", size, "--frames", frames, "--clips", clips, "--seconds", seconds, "--batch", chunk,
-        "--seed", seed + 1000 * i, *compiled), seconds + 30, gpu=i) for i in range(max(len(args.gpus), 1))]
+        args.work / f"latents-{clips.size}-{clips.frames}", "--size", clips.size, "--frames", clips.frames, "--clips",
+        clips.clips, "--seconds", seconds, "--batch", clips.chunk, "--seed", seed + 1000 * i, *compiled), seconds + 30,
+        gpu=gpu, beside=True) for i, gpu in enumerate(gpus)]
+
+
+def data_phases(args: argparse.Namespace, clips: ClipSet, seconds: int, seed: int, compiled: tuple[str, ...]) -> list[Phase]:
+    """The encoders, then latents and embedded captions in one file."""
+    found = encoders(args, clips, seconds, seed, compiled)
+    folder = args.work / f"latents-{clips.size}-{clips.frames}"
+    return found + [Phase(f"prepare {clips.size}x{clips.frames}", finetune(
+        "prepare", "--model", MODEL, "--recipe-latents", folder, "--out", folder.with_suffix(".safetensors")), 25,
+        tuple(phase.name for phase in found), clips.gpus[0], beside=True)]
 
 
 @dataclass(frozen=True)
@@ -109,11 +129,11 @@ def drawn(work: Path) -> list[Drawn]:
 
 def table_phases(args: argparse.Namespace, sizes: Sizes) -> list[Phase]:
     """Clips of every kind, the table, and the curves of quality over sparsity and over steps."""
-    work, found = args.work, []
+    work, found, home = args.work, [], sizes.sets[0]
     for one in drawn(work):
         found.append(Phase(f"draw {one.name}", finetune(
             "sample", "--model", MODEL, "--captions", work / f"captions{'-curve' if one.curve else ''}.json", "--raw", "--out",
-            work / "drawn" / one.name, "--size", f"{sizes.size}x{sizes.size}", "--frames", sizes.frames, *sizes.sampling,
+            work / "drawn" / one.name, "--size", f"{home.size}x{home.size}", "--frames", home.frames, *sizes.sampling,
             *one.options), 15, (one.after,) if one.after else (), one.gpu, beside=True))
     quality = [sys.executable, str(TESTS / "quality.py")]
     jobs = ("--jobs", str(args.jobs))
@@ -132,15 +152,15 @@ def curve_count(args: argparse.Namespace) -> int:
 
 def phases_of(args: argparse.Namespace) -> list[Phase]:
     sizes, work = TINY if args.tiny else Sizes(), args.work
-    prepared = work / "latents.safetensors"
-    found = encoders(args, sizes.size, sizes.frames, sizes.clips, sizes.chunk, sizes.seconds, 77, sizes.compile)
-    found.append(Phase("prepare", finetune("prepare", "--model", MODEL, "--recipe-latents", work / "encoded", "--out", prepared),
-                       25, tuple(phase.name for phase in found)))
+    found = [phase for clips in sizes.sets for phase in data_phases(args, clips, sizes.seconds, 77, sizes.compile)]
+    ready = tuple(phase.name for phase in found if phase.name.startswith("prepare"))
+    data = [work / f"latents-{clips.size}-{clips.frames}.safetensors" for clips in sizes.sets]
+    plan = ("--data", *data, "--batch", *(clips.batch for clips in sizes.sets), "--turns", *(clips.turns for clips in sizes.sets))
     length = sizes.length or ("--minutes", args.adapter_minutes)
     for gpu, (name, options) in enumerate((KINDS | (EXTRAS if args.table else {})).items()):
         found.append(Phase(name, finetune(
-            "train", "--model", MODEL, "--data", prepared, "--work", work / name, "--out", work / name / "out", *options,
-            *TRAINING, "--batch", sizes.batch, *sizes.compile, *length), 60, ("prepare",), gpu))
+            "train", "--model", MODEL, "--work", work / name, "--out", work / name / "out", *plan, *options, *TRAINING,
+            *sizes.compile, *length), 60, ready, gpu))
     if args.table:
         found += table_phases(args, sizes)
     for phase in found:

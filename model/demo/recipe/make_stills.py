@@ -16,7 +16,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from make_adapters import MODEL, TESTS, TRAINING, encoders, finetune, write_captions
+from make_adapters import MODEL, TESTS, TRAINING, ClipSet, data_phases, finetune, write_captions
 from phases import Call, Phase, add_call_arguments
 
 BLOCKS = ("--block-q", 32, "--block-k", 32)
@@ -40,7 +40,7 @@ def phases_of(args: argparse.Namespace) -> list[Phase]:
     size, clips, batch = (64, 4, 2) if args.tiny else (256, 24_576, 256)
     length = ("--steps", 6) if args.tiny else ("--minutes", args.adapter_minutes)
     compiled = () if args.tiny else ("--compile",)
-    data, sla = work / "latents.safetensors", work / "sla" / "out"
+    data, sla = work / f"latents-{size}-1.safetensors", work / "sla" / "out"
 
     def train(name: str, model: Path, after: str, gpu: int, *options: object) -> Phase:
         return Phase(name, finetune("train", "--model", model, "--data", data, "--work", work / name, "--out",
@@ -52,11 +52,10 @@ def phases_of(args: argparse.Namespace) -> list[Phase]:
             f"{size}x{size}", "--frames", 1, "--batch", 64, *(("--steps", 4) if args.tiny else ()), *options), 20, (after,),
             gpu)
 
-    found = encoders(args, size, 1, clips, min(clips, 64), 60, 78, compiled)
+    stills_set = ClipSet(size, 1, clips, min(clips, 64), (0, 1), batch, 1)
+    found = data_phases(args, stills_set, 60, 78, compiled)
     found += [
-        Phase("prepare", finetune("prepare", "--model", MODEL, "--recipe-latents", work / "encoded", "--out", data), 25,
-              tuple(phase.name for phase in found)),
-        train("dense", MODEL, "prepare", 0, *EVERYTHING, "--train", "all", "--base-rate", 5e-4),
+        train("dense", MODEL, found[-1].name, 0, *EVERYTHING, "--train", "all", "--base-rate", 5e-4),
         train("sla", stills, "dense", 0, *SPARSE, *TRAINING), train("linear", stills, "dense", 1, *LINEAR, *TRAINING),
         draw("dense", "dense", 0, "--attention", "dense"),
         draw("linear", "linear", 1, "--adapter", work / "linear" / "out" / "attention" / "linear.safetensors"),

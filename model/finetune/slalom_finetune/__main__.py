@@ -83,6 +83,7 @@ def _add_train(commands: argparse._SubParsersAction) -> None:
     length.add_argument("--steps", type=int, default=Plan.steps)
     length.add_argument("--minutes", type=float, help="as many steps as fit, measured once, at the start")
     group.add_argument("--batch", type=int, nargs="+", default=list(Plan.batches), help="one for each data file")
+    group.add_argument("--turns", type=int, nargs="+", default=[], help="steps of each data file in its turn")
     group.add_argument("--rate", type=float, default=Plan.rate, help="of new parameters")
     group.add_argument("--base-rate", type=float, default=Plan.base_rate, help="of LoRA and base weights")
     group.add_argument("--warmup", type=int, default=Plan.warmup)
@@ -117,10 +118,12 @@ def plan_of(args: argparse.Namespace, device: torch.device) -> Plan:
     batches = args.batch * len(args.data) if len(args.batch) == 1 else args.batch
     if len(batches) != len(args.data):
         raise SystemExit("--batch takes one number, or one for each data file")
+    if args.turns and (len(args.turns) != len(args.data) or min(args.turns) < 1):
+        raise SystemExit("--turns takes one positive number for each data file")
     low = args.precision == "bf16" if args.precision else device.type == "cuda"
     own = ("train", "rank", "loss", "block_loss", "steps", "rate", "base_rate", "warmup", "average", "shift", "drop_text",
            "seed")
-    return Plan(AttentionOptions.for_kind(args.attention, **given), batches=tuple(batches), low_precision=low,
+    return Plan(AttentionOptions.for_kind(args.attention, **given), batches=tuple(batches), turns=tuple(args.turns), low_precision=low,
                 **{name: getattr(args, name) for name in own})
 
 

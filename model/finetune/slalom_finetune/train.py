@@ -40,6 +40,7 @@ class Plan:
     block_loss: float = 0.0  # teacher: weight of the mean relative error of the blocks' outputs
     steps: int = 1000
     batches: tuple[int, ...] = (16,)  # one per data file; files take turns
+    turns: tuple[int, ...] = ()  # steps that each file gets in its turn; one each when left out
     rate: float = 1e-3
     base_rate: float = 1e-4  # of LoRA and base weights
     warmup: int = 50
@@ -48,6 +49,12 @@ class Plan:
     drop_text: float = 0.1
     seed: int = 1
     low_precision: bool = False  # autocast to bfloat16
+
+    def batch_of(self, step: int) -> tuple[int, int]:
+        """(data file, how many of its batches came before)."""
+        order = [file for file, count in enumerate(self.turns or (1,) * len(self.batches)) for _ in range(count)]
+        rounds, place = divmod(step, len(order))
+        return order[place], rounds * order.count(order[place]) + order[:place].count(order[place])
 
     def rate_at(self, step: int) -> float:
         """Factor on the rates: linear warm-up, then a cosine down to 2 %."""
@@ -141,8 +148,8 @@ class Trainer:
     # --- one step ---
 
     def compute(self, step: int) -> Tensor:
-        plan, which = self.plan, step % len(self.sets)
-        data = self.sets[which].batch(step // len(self.sets), plan.batches[which], plan.seed, plan.drop_text)
+        plan, (which, before) = self.plan, self.plan.batch_of(step)
+        data = self.sets[which].batch(before, plan.batches[which], plan.seed, plan.drop_text)
         batch = Batch(*(t.to(self.device, non_blocking=True) for t in (data.latents, data.text, data.mask)))
         draws = torch.Generator(self.device).manual_seed(plan.seed * 1_000_003 + step)
         u = torch.sigmoid(torch.randn(len(batch.latents), generator=draws, device=self.device))
@@ -166,14 +173,15 @@ class Trainer:
 
     def pace(self) -> float:
         """Seconds per step, measured on steps that change nothing."""
+        steps = PACE_STEPS * max(sum(self.plan.turns), len(self.sets))
         for attempt in range(2):  # the first time compiles
             self._wait()
             begin = time.time()
-            for step in range(PACE_STEPS * len(self.sets)):
+            for step in range(steps):
                 self.compute(step)
             self._wait()
         self.optimizer.zero_grad(set_to_none=True)
-        return (time.time() - begin) / (PACE_STEPS * len(self.sets))
+        return (time.time() - begin) / steps
 
     def _wait(self) -> None:
         if self.device.type == "cuda":
@@ -234,12 +242,12 @@ class Trainer:
         print(f"{self.plan.options.kind}: from step {self.step} of {self.plan.steps}, {trained / 1e6:.2f} M parameters, "
               f"{sum(len(s.latents) for s in self.sets)} clips, {describe(self.device)}", flush=True)
         recent: list[float] = []
-        snapshots = {round(share * self.plan.steps): share for share in self.places.snapshots}
+        snapshots = {share: max(round(share * self.plan.steps), 1) for share in self.places.snapshots}
         begin = time.time()
         while self.step < self.plan.steps and not deadline.over():
             self.take_step()
-            if self.step in snapshots:
-                self.export(self.places.out / f"at-{snapshots[self.step]:g}")
+            for share in (share for share, step in snapshots.items() if step == self.step):
+                self.export(self.places.out / f"at-{share:g}")
             if self.step % self.places.log_every == 0:
                 recent += torch.stack(self.losses).tolist()
                 self.write_log()

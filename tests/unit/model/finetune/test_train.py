@@ -176,7 +176,9 @@ def test_two_sizes_take_turns(tmp_path: Path) -> None:
     write_set(tmp_path / "b.safetensors", 16, clips=3, seed=2)
     where = places(tmp_path)
     where.data.append(tmp_path / "b.safetensors")
-    trainer = Trainer(Plan(AttentionOptions(topk=0.5, block_q=16, block_k=16), "proj", steps=4, batches=(2, 1)), where)
+    plan = Plan(AttentionOptions(topk=0.5, block_q=16, block_k=16), "proj", steps=4, batches=(2, 1), turns=(2, 1))
+    assert [plan.batch_of(step) for step in range(5)] == [(0, 0), (0, 1), (1, 0), (0, 2), (0, 3)]
+    trainer = Trainer(plan, where)
     assert trainer.run(Never()) == 0 and trainer.step == 4
 
 
