@@ -1,5 +1,6 @@
 // slalomd: reads what it is told, loads the models, serves until a signal.
 #include <google/protobuf/stubs/logging.h>
+#include <grpc/support/log.h>
 #include <spdlog/sinks/stdout_color_sinks.h>
 #include <spdlog/spdlog.h>
 #include <sys/resource.h>
@@ -89,7 +90,15 @@ std::vector<std::unique_ptr<Pipeline>> LoadPipelines(const ServerConfig& config)
   return pipelines;
 }
 
+// gRPC's own lines are for those who look for them: what matters comes as an Error.
+void LogForGrpc(gpr_log_func_args* line) {
+  const auto level =
+      line->severity == GPR_LOG_SEVERITY_DEBUG ? spdlog::level::trace : spdlog::level::debug;
+  spdlog::log(level, "grpc {}:{}: {}", line->file, line->line, line->message);
+}
+
 int Run(const ServerConfig& config) {
+  gpr_set_log_function(LogForGrpc);
   RaiseDescriptorLimit();
   const Signals signals;
   Server server(config);

@@ -56,13 +56,13 @@ std::size_t ClipMemory(const std::vector<std::unique_ptr<Pipeline>>& pipelines) 
 
 ServiceOptions MakeServiceOptions(const ServerConfig& config) {
   ServiceOptions options;
-  options.tenants = config.tenants;
-  options.retention = {config.job_retention_seconds, config.max_kept_jobs,
-                       static_cast<std::int64_t>(config.max_kept_mib) << 20};
+  options.desk.tenants = config.tenants;
+  options.desk.retention = {config.job_retention_seconds, config.max_kept_jobs,
+                            static_cast<std::int64_t>(config.max_kept_mib) << 20};
   // 0 would be "none" to the scheduler.
-  options.checkpoint_seconds = std::max(config.checkpoint_seconds, 1e-9);
+  options.desk.checkpoint_seconds = std::max(config.checkpoint_seconds, 1e-9);
+  options.desk.max_queue = config.max_queue;
   options.max_streams = config.max_streams;
-  options.max_queue = config.max_queue;
   return options;
 }
 
@@ -139,7 +139,7 @@ class Server::Impl {
   ServiceOptions Options() {
     ServiceOptions options = MakeServiceOptions(config_);
     // Probes by gRPC must hear of a lost device too.
-    options.on_tick = [this] {
+    options.desk.on_tick = [this] {
       if (++ticks_ % kTicksPerCostNote == 0) KeepCosts();
       if (serving_ && !NotReady().empty() && serving_.exchange(false)) SetServing(false);
     };

@@ -1,14 +1,10 @@
 // VideoService: the RPCs of slalom.v1.VideoGeneration over a Scheduler.
 #pragma once
 
-#include <functional>
 #include <memory>
-#include <string>
-#include <vector>
 
 #include "scheduler/job.h"
-#include "server/config.h"
-#include "server/job_store.h"
+#include "server/job_desk.h"
 
 namespace grpc {
 class Service;
@@ -16,23 +12,13 @@ class Service;
 
 namespace slalom {
 
-class JobArchive;
-class Metrics;
-class Scheduler;
-
 struct ServiceOptions {
-  std::vector<TenantOptions> tenants;
-  RetentionLimits retention;
-  double checkpoint_seconds = 0;
+  JobDeskOptions desk;
   int max_streams = 4096;
-  int max_queue = 64;  // the scheduler's, to tell a full queue from a clip that never fits
-  // Called about once a second, from a thread of the service's.
-  std::function<void()> on_tick;
 };
 
-// The life of a request: authenticate, check, resolve (request.h); a JobRecord goes into the
-// JobStore, a VideoJob into the Scheduler; a VideoStream reads the record until its end. Handlers
-// never block on a device. Thread-safe.
+// The life of a request: authenticate, parse; the JobDesk makes a job of it; a VideoStream reads
+// the job's record until its end. Handlers never block on a device. Thread-safe.
 class VideoService {
  public:
   // `archive` and `metrics` outlive it. Takes over the archive's jobs; throws Error when it is

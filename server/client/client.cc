@@ -57,7 +57,8 @@ std::string CallError::advice() const {
     case grpc::StatusCode::FAILED_PRECONDITION:
       return "`slalom models` shows the attention modes that each model has";
     case grpc::StatusCode::RESOURCE_EXHAUSTED:
-      return "make the clip smaller or shorter";
+      return "make the clip smaller or shorter, unless the message names something else that ran "
+             "out";
     case grpc::StatusCode::DEADLINE_EXCEEDED:
       return "give a longer --deadline, fewer --steps or a smaller --size";
     case grpc::StatusCode::UNAVAILABLE:

@@ -5,6 +5,7 @@
 #include <grpcpp/support/status_code_enum.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cstdio>
 #include <functional>
 #include <utility>
@@ -149,6 +150,15 @@ int Receive(Client& client, const std::string& output, bool json,
                    job_id.empty() ? "" : "; the job is cancelled");
       return kExitInterrupted;
     }
+    if (error.code() == grpc::StatusCode::UNAVAILABLE && !job_id.empty()) {
+      // A server with a state folder comes back with the job.
+      Report(CallError(error.code(), error.what(),
+                       "`slalom resume " + job_id + " -o " + (output.empty() ? "FILE" : output) +
+                           "` once the server is back: it goes on where it was if slalomd has a "
+                           "--state-dir"),
+             job_id, json);
+      return kExitFailure;
+    }
     // What failed may be on this side (a full disk): then the job is of no use to anybody.
     if (ours) CancelQuietly(client, job_id);
     Report(error, job_id, json);
@@ -164,7 +174,11 @@ std::string Line(const v1::Job& job) {
                 job.state() < 6 ? kStates[job.state()] : "?",
                 StageText(job.progress().stage()).c_str(), job.progress().step(),
                 job.progress().steps(), job.progress().eta_seconds());
-  return text + job.prompt().substr(0, 60);
+  // A prompt may have lines, and cutting it may halve a letter, which a terminal can show.
+  std::string prompt = job.prompt().substr(0, 60);
+  std::replace_if(
+      prompt.begin(), prompt.end(), [](unsigned char c) { return c < 0x20 || c == 0x7f; }, ' ');
+  return text + prompt;
 }
 
 void PrintModel(const v1::Model& model) {

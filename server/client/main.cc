@@ -1,4 +1,6 @@
 // slalom: the command line client.
+#include <google/protobuf/stubs/logging.h>
+
 #include <CLI/CLI.hpp>
 #include <atomic>
 #include <csignal>
@@ -160,17 +162,22 @@ int Run(int argc, char** argv) {
       ->capture_default_str();
   app.add_option("--token-file", arguments.token_file, "file with the bearer token");
   AddGenerate(app, arguments);
-  for (const char* name : {"job", "cancel", "resume"}) {
-    CLI::App* command = app.add_subcommand(name);
+  const std::map<std::string, const char*> of_a_job = {
+      {"job", "what a job is doing"},
+      {"cancel", "end a job"},
+      {"resume", "fetch a job's video, from wherever a stream broke off"}};
+  for (const auto& [name, help] : of_a_job) {
+    CLI::App* command = app.add_subcommand(name, help);
     command->add_option("id", arguments.job_id, "the job")->required();
-    command->add_flag("--json", arguments.json);
-    if (std::string(name) == "resume") {
+    command->add_flag("--json", arguments.json, "the answer as JSON");
+    if (name == "resume") {
       command->add_option("-o,--output", arguments.output, "the MP4 file")->required();
     }
   }
-  for (const char* name : {"models", "jobs"}) {
-    app.add_subcommand(name)->add_flag("--json", arguments.json);
-  }
+  app.add_subcommand("models", "what the server can make: sizes, limits, attention modes")
+      ->add_flag("--json", arguments.json, "the answer as JSON");
+  app.add_subcommand("jobs", "your jobs, newest first")
+      ->add_flag("--json", arguments.json, "the answer as JSON");
   try {
     app.parse(argc, argv);
     if (app.got_subcommand("generate") && arguments.generate.output.empty() &&
@@ -196,4 +203,8 @@ int Run(int argc, char** argv) {
 }  // namespace
 }  // namespace slalom::client
 
-int main(int argc, char** argv) { return slalom::client::Run(argc, argv); }
+int main(int argc, char** argv) {
+  // The server's answer names a field that is not UTF-8; protobuf's own line says it worse.
+  google::protobuf::SetLogHandler(nullptr);
+  return slalom::client::Run(argc, argv);
+}

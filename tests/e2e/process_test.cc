@@ -22,8 +22,7 @@ namespace {
 namespace fs = std::filesystem;
 
 // A clip that takes long enough to be interrupted.
-const std::vector<std::string> kLongClip = {"--size", "256x256", "--frames",
-                                            "33",     "--steps", "50"};
+const std::vector<std::string> kLongClip = {"--size", "256x256", "--frames", "33", "--steps", "50"};
 
 class ProcessTest : public testing::Test {
  protected:

@@ -66,7 +66,7 @@ using OnEvent = std::function<bool(const v1::GenerateVideoResponse&)>;
 class Soaker {
  public:
   explicit Soaker(const SoakOptions& options)
-      : options_(options), server_(options.slalomd, options.folder) {
+      : options_(options), server_(options.slalomd, options.model, options.folder) {
     grpc::ChannelArguments arguments;
     arguments.SetMaxReceiveMessageSize(-1);
     // A server that comes back is found at once.
@@ -96,6 +96,7 @@ class Soaker {
     if (const int code = server_.Stop(); code != 0) {
       Problem("the server ended with " + std::to_string(code) + ": " + server_.log());
     }
+    if (!server_.sanitizer_reports().empty()) Problem(server_.sanitizer_reports());
     report_.seconds = std::chrono::duration<double>(Clock::now() - start).count();
     return report_;
   }

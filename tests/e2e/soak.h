@@ -11,7 +11,8 @@ namespace slalom {
 
 struct SoakOptions {
   std::string slalomd;  // the program
-  std::string folder;   // scratch: a random tiny model and the state folder come to lie here
+  std::string model;    // its model folder
+  std::string folder;   // scratch: the state folder comes to lie here
   int jobs = 200;
   int clients = 6;                // at the same time
   double seconds_per_kill = 1.5;  // mean; 0: the server is never killed
@@ -39,5 +40,9 @@ struct SoakReport {
 // fate allows; the state folder holds the videos of the jobs that succeeded and nothing else; the
 // server's threads, descriptors and memory are what they were; it drains with exit code 0.
 SoakReport Soak(const SoakOptions& options);
+
+// The short form, for a test: every fate and a few kills, fewer under a sanitizer. Adds what went
+// wrong to the test's failures.
+void TestShortSoak(const std::string& slalomd, const std::string& model, const std::string& folder);
 
 }  // namespace slalom

@@ -10,6 +10,7 @@
 #include <string>
 
 #include "tests/e2e/soak.h"
+#include "tests/unit/model/tiny_model.h"
 
 int main(int argc, char** argv) {
   slalom::SoakOptions options;
@@ -31,6 +32,8 @@ int main(int argc, char** argv) {
   app.add_flag("--keep", keep, "leave the scratch folder");
   CLI11_PARSE(app, argc, argv);
   try {
+    options.model = options.folder + "/model";
+    slalom::WriteTinyModel(options.model);
     const slalom::SoakReport report = slalom::Soak(options);
     for (const auto& [what, count] : report.counts) std::printf("%7d  %s\n", count, what.c_str());
     std::printf("%.1f s; resident %.1f MiB before the last fifth, %.1f MiB after\n", report.seconds,

@@ -7,20 +7,17 @@
 #include <stdexcept>
 #include <utility>
 
-#include "tests/unit/model/tiny_model.h"
-
 namespace slalom {
 
-SoakServer::SoakServer(std::string slalomd, std::string folder)
-    : slalomd_(std::move(slalomd)), folder_(std::move(folder)) {
-  WriteTinyModel(folder_ + "/model");
+SoakServer::SoakServer(std::string slalomd, std::string model, std::string folder)
+    : slalomd_(std::move(slalomd)), model_(std::move(model)), folder_(std::move(folder)) {
   Start("127.0.0.1:0");
 }
 
 void SoakServer::Start(const std::string& listen) {
   process_ = std::make_unique<Process>(std::vector<std::string>{
-      slalomd_, "--models", folder_ + "/model", "--listen", listen, "--http-listen", "127.0.0.1:0",
-      "--device", "cpu", "--cpu-threads", "1", "--state-dir", folder_ + "/state",
+      slalomd_, "--models", model_, "--listen", listen, "--http-listen", "127.0.0.1:0", "--device",
+      "cpu", "--cpu-threads", "1", "--state-dir", folder_ + "/state",
       // Every step, so that every kill finds one.
       "--checkpoint-seconds", "0", "--max-kept-jobs", "1000000", "--log-level", "warn"});
   const std::string ready = "slalomd ready grpc=";
@@ -34,7 +31,23 @@ void SoakServer::KillAndRestart() {
   std::lock_guard lock(mutex_);
   process_->Signal(SIGKILL);
   process_->Wait();
+  KeepReports();
   Start(address_);
+}
+
+// A process that is killed has no exit code by which a sanitizer could tell.
+void SoakServer::KeepReports() {
+  const std::string log = process_->err();
+  for (const char* sign : {"Sanitizer", "runtime error:"}) {
+    if (log.find(sign) == std::string::npos) continue;
+    reports_ += log;
+    return;
+  }
+}
+
+std::string SoakServer::sanitizer_reports() const {
+  std::lock_guard lock(mutex_);
+  return reports_;
 }
 
 int SoakServer::Stop() {

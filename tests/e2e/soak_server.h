@@ -12,12 +12,14 @@ namespace slalom {
 // Thread-safe but for Stop.
 class SoakServer {
  public:
-  // Writes the model and starts the server.
-  SoakServer(std::string slalomd, std::string folder);
+  // Starts the server; its state folder comes to lie in `folder`.
+  SoakServer(std::string slalomd, std::string model, std::string folder);
 
   std::string address() const { return address_; }
   std::string jobs_folder() const { return folder_ + "/state/jobs"; }
   void KillAndRestart();
+  // What sanitizers have said in the servers that were killed; "" when nothing.
+  std::string sanitizer_reports() const;
   // Drains it. The exit code.
   int Stop();
   std::string log() const;
@@ -29,13 +31,16 @@ class SoakServer {
 
  private:
   void Start(const std::string& listen);
+  void KeepReports();
   double Status(const std::string& key) const;
 
   const std::string slalomd_;
+  const std::string model_;
   const std::string folder_;
   std::string address_;
   mutable std::mutex mutex_;
   std::unique_ptr<Process> process_;
+  std::string reports_;
 };
 
 }  // namespace slalom
