@@ -6,12 +6,12 @@
 
 #include <filesystem>
 #include <fstream>
-#include <functional>
 #include <future>
 #include <string>
 
 #include "server/job_store.h"
 #include "server/video_job.h"
+#include "tests/unit/server/job_fixture.h"
 
 namespace slalom {
 namespace {
@@ -28,17 +28,6 @@ class JobArchiveTest : public testing::Test {
   void SetUp() override { fs::remove_all(folder_); }
   void TearDown() override { fs::remove_all(folder_); }
 
-  static JobRecord::Origin Origin(const std::string& id, const std::string& request_id = "") {
-    JobRecord::Origin origin;
-    origin.id = id;
-    origin.tenant = "one";
-    origin.fingerprint = std::string("print\0", 6) + id;
-    origin.resolved.set_prompt("a ball");
-    origin.resolved.set_request_id(request_id);
-    origin.created = std::chrono::system_clock::now();
-    origin.deadline = origin.created + std::chrono::seconds(100);
-    return origin;
-  }
   static v1::Job Job(const std::string& id, v1::JobState state, std::int64_t bytes = 0) {
     v1::Job job;
     job.set_job_id(id);
@@ -57,19 +46,10 @@ class JobArchiveTest : public testing::Test {
       testing::TempDir() + "/slalom_archive_test_" + std::to_string(getpid());
 };
 
-ErrorCode CodeOf(const std::function<void()>& action) {
-  try {
-    action();
-  } catch (const Error& error) {
-    return error.code();
-  }
-  return ErrorCode::kUnknown;
-}
-
 TEST_F(JobArchiveTest, WhatIsAcceptedIsThereUntilItIsForgotten) {
   {
     JobArchive archive(folder_);
-    for (const char* id : {"c", "a", "b"}) archive.Accept(Origin(id, id));
+    for (const char* id : {"c", "a", "b"}) archive.Accept(MakeOrigin(id, id));
     archive.End(Job("a", v1::JOB_STATE_CANCELLED));
     archive.SetNote("cost", std::string("1\0002", 3));
   }
@@ -80,7 +60,7 @@ TEST_F(JobArchiveTest, WhatIsAcceptedIsThereUntilItIsForgotten) {
   ASSERT_EQ(entries.size(), 3u);
   EXPECT_EQ(entries[0].origin.id, "c") << "in the order of acceptance";
   EXPECT_EQ(entries[0].origin.tenant, "one");
-  EXPECT_EQ(entries[0].origin.fingerprint, Origin("c").fingerprint);
+  EXPECT_EQ(entries[0].origin.fingerprint, MakeOrigin("c").fingerprint);
   EXPECT_EQ(entries[0].origin.resolved.prompt(), "a ball");
   ASSERT_TRUE(entries[0].origin.deadline);
   EXPECT_FALSE(entries[0].ended);
@@ -91,19 +71,19 @@ TEST_F(JobArchiveTest, WhatIsAcceptedIsThereUntilItIsForgotten) {
 
 TEST_F(JobArchiveTest, ARequestIdBelongsToOneLiveOrSuccessfulJob) {
   JobArchive archive(folder_);
-  archive.Accept(Origin("a", "key"));
-  EXPECT_EQ(CodeOf([&] { archive.Accept(Origin("b", "key")); }), ErrorCode::kInternal);
+  archive.Accept(MakeOrigin("a", "key"));
+  EXPECT_EQ(CodeOf([&] { archive.Accept(MakeOrigin("b", "key")); }), ErrorCode::kInternal);
   archive.End(Job("a", v1::JOB_STATE_FAILED));
-  archive.Accept(Origin("c", "key"));
-  archive.Accept(Origin("d"));
-  archive.Accept(Origin("e"));
+  archive.Accept(MakeOrigin("c", "key"));
+  archive.Accept(MakeOrigin("d"));
+  archive.Accept(MakeOrigin("e"));
 }
 
 TEST_F(JobArchiveTest, OnlyTheNewestCheckpointOfALiveJobIsKept) {
   {
     JobArchive archive(folder_);
-    archive.Accept(Origin("a"));
-    archive.Accept(Origin("b"));
+    archive.Accept(MakeOrigin("a"));
+    archive.Accept(MakeOrigin("b"));
     for (int i = 0; i < 50; ++i) archive.KeepCheckpoint("a", MakeCheckpoint(std::to_string(i)));
     archive.KeepCheckpoint("b", MakeCheckpoint("b"));
     std::promise<void> ended;
@@ -122,7 +102,7 @@ TEST_F(JobArchiveTest, FilesThatBelongToNoJobAreDeleted) {
   {
     JobArchive archive(folder_);
     for (const char* id : {"live", "done", "failed", "damaged"}) {
-      archive.Accept(Origin(id));
+      archive.Accept(MakeOrigin(id));
       Write(archive, id, "0123456789");
     }
     archive.End(Job("done", v1::JOB_STATE_SUCCEEDED, 10));
@@ -147,7 +127,7 @@ TEST_F(JobArchiveTest, FilesThatBelongToNoJobAreDeleted) {
 
 TEST_F(JobArchiveTest, TwoServersCannotShareAFolder) {
   JobArchive archive(folder_);
-  archive.Accept(Origin("a"));
+  archive.Accept(MakeOrigin("a"));
   EXPECT_EQ(CodeOf([&] { JobArchive second(folder_); }), ErrorCode::kFailedPrecondition);
 }
 
@@ -164,14 +144,14 @@ TEST_F(JobArchiveTest, TheStoreTakesOver) {
     JobArchive archive(folder_);
     JobStore store(&archive, {});
     const auto record =
-        store.Add(std::make_shared<JobRecord>(Origin("a", "key"), archive.Video("a")), 0);
+        store.Add(std::make_shared<JobRecord>(MakeOrigin("a", "key"), archive.Video("a")), 0);
     archive.Accept(record->origin());
     record->Accept(JobHandle(), 0, 0);
     record->AppendVideo(std::as_bytes(std::span("0123456789", 10)));
     v1::Statistics statistics;
     statistics.set_frames(7);
     archive.End(record->Succeeded(statistics));
-    archive.Accept(Origin("b", "other"));
+    archive.Accept(MakeOrigin("b", "other"));
     Write(archive, "b", "half");
   }
   JobArchive archive(folder_);
@@ -184,8 +164,7 @@ TEST_F(JobArchiveTest, TheStoreTakesOver) {
   ASSERT_EQ(store.Live().size(), 1u);
   EXPECT_TRUE(store.Live()[0]->origin().readmitted);
   EXPECT_EQ(store.Live()[0]->video().size(), 4) << "what readers may have of it";
-  auto repeated = Origin("c", "key");
-  repeated.fingerprint = Origin("a").fingerprint;
+  auto repeated = MakeOrigin("c", "key");
   EXPECT_EQ(store.Add(std::make_shared<JobRecord>(repeated, archive.Video("c")), 0), record);
 }
 

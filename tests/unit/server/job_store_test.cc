@@ -2,11 +2,11 @@
 
 #include <gtest/gtest.h>
 
-#include <functional>
 #include <string>
 
 #include "server/refusal.h"
 #include "server/video_job.h"
+#include "tests/unit/server/job_fixture.h"
 
 namespace slalom {
 namespace {
@@ -16,13 +16,8 @@ class JobStoreTest : public testing::Test {
   std::shared_ptr<JobRecord> MakeRecord(const std::string& id, const std::string& tenant = "",
                                         const std::string& request_id = "",
                                         const std::string& prompt = "a ball") {
-    JobRecord::Origin origin;
-    origin.id = id;
+    JobRecord::Origin origin = MakeOrigin(id, request_id, prompt);
     origin.tenant = tenant;
-    origin.resolved.set_prompt(prompt);
-    origin.resolved.set_request_id(request_id);
-    origin.fingerprint = prompt;
-    origin.created = std::chrono::system_clock::now();
     return std::make_shared<JobRecord>(std::move(origin), archive_.Video(id));
   }
   // One that has ended well, with so many bytes.
@@ -45,15 +40,6 @@ class JobStoreTest : public testing::Test {
 
   JobArchive archive_{""};
 };
-
-ErrorCode CodeOf(const std::function<void()>& action) {
-  try {
-    action();
-  } catch (const Error& error) {
-    return error.code();
-  }
-  return ErrorCode::kUnknown;
-}
 
 TEST_F(JobStoreTest, ATenantFindsItsOwnJobsOnly) {
   JobStore store(&archive_, {});
