@@ -213,8 +213,8 @@ void BenchStates(Bench& bench, LinearScope scope, const std::string& name) {
   const double states = scope == LinearScope::kAll ? 1 : (kTokens + 63) / 64;
   const double bytes = 2.0 * args.k.NumBytes() + states * kHeads * kHeadSize * (kHeadSize + 1) * 2;
   const cuda::Context& context = bench.backend().context();
-  for (const auto kernel : {cuda::StateKernelKind::kTensorCore,
-                            cuda::ChooseStateKernel(args.feature, context.compute_major)}) {
+  for (const auto kernel :
+       {cuda::StateKernelKind::kTensorCore, cuda::ChooseStateKernel(context.compute_major)}) {
     const bool hopper = kernel == cuda::StateKernelKind::kHopper;
     bench.Bytes(name + (hopper ? ", wgmma" : ", mma.sync"), bytes, [&] {
       cuda::VisitLinearStates(context, args, kernel, [](const cuda::LinearStates&) {});

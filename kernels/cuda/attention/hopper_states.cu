@@ -23,6 +23,7 @@ constexpr int kPanel = 64;   // channels in a swizzled panel: 128 bytes
 constexpr int kStages = 4;   // being multiplied, mapped, arriving
 constexpr int kChunk = 8;    // channels in 16 bytes
 constexpr int kMapped = 32;  // channels of a key that one thread maps
+constexpr int kTotals = 16;  // parts of a sum over keys, see Totals
 constexpr int kConsumerBarrier = 1;
 
 template <int kD>
@@ -40,11 +41,12 @@ struct alignas(1024) SharedStorage {
   bf16 k[kStages][kD / kPanel][kTile][kPanel];
   bf16 v[kStages][kD / kPanel][kTile][kPanel];
   bf16 ones[8][kPanel];
+  float totals[kTotals][kD];  // of features before they are rotated
   std::uint64_t full[kStages], empty[kStages];
 };
 
 struct Parameters {
-  Feature feature;
+  FeatureParameters features;
   int length;
   int heads;
   int first_head;
@@ -53,33 +55,107 @@ struct Parameters {
   int states_per_head;
 };
 
-// Keys become features, in place. A thread has kMapped channels of one key. Its accesses to a
-// panel's row are rotated by the row, so that those of neighbouring rows meet different banks.
+// Where a thread's kMapped channels of one key lie. Its accesses to a panel's row are rotated by
+// the row, so that those of neighbouring rows meet different banks.
 template <int kD>
-__device__ inline void MapKeys(Feature feature, bf16 (&tile)[kD / kPanel][kTile][kPanel],
-                               int rows) {
+struct Place {
   using T = Tiling<kD>;
-  const int row = threadIdx.x / T::kLanes, lane = threadIdx.x % T::kLanes;
-  const auto at = [&](int j) {
-    const int slot = (j + row) % T::kSlots;
-    return &tile[j / T::kSlots][row][(slot * T::kLanes + lane) * kChunk];
-  };
+  int row = static_cast<int>(threadIdx.x) / T::kLanes;
+  int lane = static_cast<int>(threadIdx.x) % T::kLanes;
+
+  __device__ int Panel(int j) const { return j / T::kSlots; }
+  // Of 16 bytes in a panel's row, as the tensor has them.
+  __device__ int Piece(int j) const { return (j + row) % T::kSlots * T::kLanes + lane; }
+  __device__ int Channel(int j) const { return Panel(j) * kPanel + Piece(j) * kChunk; }
+  // In shared memory, where TMA has swizzled it.
+  __device__ int Column(int j) const { return (Piece(j) ^ row % 8) * kChunk; }
+};
+
+// What rotates a thread's channels: of the next tile's key, under way while this one is mapped.
+template <int kD>
+struct Angles {
+  float cos[kMapped / kChunk][kChunk / 2];
+  float sin[kMapped / kChunk][kChunk / 2];
+
+  __device__ void Load(const FeatureParameters& p, int token, int length) {
+    const Place<kD> place;
+    const int own = min(token + place.row, length - 1);
+#pragma unroll
+    for (int j = 0; j < kMapped / kChunk; ++j) {
+      const std::int64_t at = std::int64_t{own} * (kD / 2) + place.Channel(j) / 2;
+      LoadConstants<kChunk / 2>(p.cos + at, cos[j]);
+      LoadConstants<kChunk / 2>(p.sin + at, sin[j]);
+    }
+  }
+};
+
+// Sums over keys of what a thread maps: the normaliser, where features are rotated after it.
+template <int kD>
+struct Totals {
+  float values[kMapped] = {};
+
+  // Adds all threads up in a fixed order and begins anew. For all consumers at once.
+  template <typename Out>
+  __device__ void Store(float (&parts)[kTotals][kD], Out* normaliser) {
+    static_assert(Tiling<kD>::kConsumers / 32 * Tiling<kD>::kSlots == kTotals);
+    const Place<kD> place;
+    const int lane = static_cast<int>(threadIdx.x) % 32;
+    float(&part)[kD] =
+        parts[threadIdx.x / 32 * Tiling<kD>::kSlots + place.row % Tiling<kD>::kSlots];
+#pragma unroll
+    for (int j = 0; j < kMapped / kChunk; ++j) {
+      float sums[kChunk];
+#pragma unroll
+      for (int i = 0; i < kChunk; ++i) {  // lanes 8 and 16 apart have the same channels
+        float& own = values[j * kChunk + i];
+        own += __shfl_xor_sync(kFullWarp, own, 8);
+        sums[i] = own + __shfl_xor_sync(kFullWarp, own, 16);
+        own = 0.0f;
+      }
+      if (lane < 8) StoreFloats<kChunk>(&part[place.Channel(j)], sums);
+    }
+    NamedBarrierSync(kConsumerBarrier, Tiling<kD>::kConsumers);
+    if (threadIdx.x < kD) {
+      float sum = 0.0f;
+#pragma unroll
+      for (int i = 0; i < kTotals; ++i) sum += parts[i][threadIdx.x];
+      normaliser[threadIdx.x] = FromFloat<Out>(sum);
+    }
+    NamedBarrierSync(kConsumerBarrier, Tiling<kD>::kConsumers);  // the parts are free
+  }
+};
+
+// Keys become features, in place. A thread has kMapped channels of one key. With kRotates they are
+// added to the totals and then rotated.
+template <int kD, bool kRotates>
+__device__ inline void MapKeys(Feature feature, bf16 (&tile)[kD / kPanel][kTile][kPanel], int rows,
+                               const Angles<kD>& angles, Totals<kD>& totals) {
+  const Place<kD> place;
   float x[kMapped];
 #pragma unroll
   for (int j = 0; j < kMapped / kChunk; ++j) {
     float values[kChunk];
-    LoadFloats<kChunk>(at(j), values);
+    LoadFloats<kChunk>(&tile[place.Panel(j)][place.row][place.Column(j)], values);
 #pragma unroll
     for (int i = 0; i < kChunk; ++i) x[j * kChunk + i] = values[i];
   }
-  MapFeatures<T::kLanes>(feature, x);
-  const float there = row < rows ? 1.0f : 0.0f;
+  MapFeatures<Tiling<kD>::kLanes>(kRotates ? Feature::kRotatedRelu : feature, x);
+  const float there = place.row < rows ? 1.0f : 0.0f;
 #pragma unroll
   for (int j = 0; j < kMapped / kChunk; ++j) {
     float values[kChunk];
 #pragma unroll
-    for (int i = 0; i < kChunk; ++i) values[i] = x[j * kChunk + i] * there;
-    StoreFloats<kChunk>(at(j), values);
+    for (int i = 0; i < kChunk; ++i) {
+      values[i] = x[j * kChunk + i] * there;
+      if constexpr (kRotates) totals.values[j * kChunk + i] += values[i];
+    }
+    if constexpr (kRotates) {
+#pragma unroll
+      for (int i = 0; i < kChunk / 2; ++i) {
+        RotatePair(angles.cos[j][i], angles.sin[j][i], values[2 * i], values[2 * i + 1]);
+      }
+    }
+    StoreFloats<kChunk>(&tile[place.Panel(j)][place.row][place.Column(j)], values);
   }
 }
 
@@ -123,12 +199,12 @@ struct Sums {
   __device__ void Store(bf16* state, int channel) const {
     StoreRows(values, state + channel * kD, state + (channel + 8) * kD);
   }
-  template <typename Out>
+  template <bool kNormaliser, typename Out>
   __device__ void StoreAll(Out* state) const {
     const int thread = static_cast<int>(threadIdx.x);
     const int channel = thread / 32 * 16 + thread % 32 / 4;
     Store(state, channel);
-    if (thread % 4 == 0) {
+    if (kNormaliser && thread % 4 == 0) {
       state[kD * kD + channel] = FromFloat<Out>(normaliser[0]);
       state[kD * kD + channel + 8] = FromFloat<Out>(normaliser[2]);
     }
@@ -152,15 +228,20 @@ __device__ void Produce(const CUtensorMap* k_map, const CUtensorMap* v_map,
 }
 
 // `states` is the head's.
-template <int kD, typename Out>
+template <int kD, bool kRotates, typename Out>
 __device__ void Consume(const Parameters& p, SharedStorage<kD>& shared, int first, int count,
                         Out* states) {
   const int panel = static_cast<int>(threadIdx.x) / 128;
   Ring<kStages> ring;
   Sums<kD> sums;
+  Angles<kD> angles;
+  Totals<kD> totals;
+  if constexpr (kRotates) angles.Load(p.features, first * kTile, p.length);
   const auto map = [&](int tile) {
     BarrierWait(&shared.full[ring.stage], ring.parity);
-    MapKeys<kD>(p.feature, shared.k[ring.stage], p.length - tile * kTile);
+    MapKeys<kD, kRotates>(p.features.feature, shared.k[ring.stage], p.length - tile * kTile, angles,
+                          totals);
+    if constexpr (kRotates) angles.Load(p.features, (tile + 1) * kTile, p.length);
     AsyncProxyFence();
     NamedBarrierSync(kConsumerBarrier, Tiling<kD>::kConsumers);  // the whole tile is mapped
   };
@@ -190,12 +271,14 @@ __device__ void Consume(const Parameters& p, SharedStorage<kD>& shared, int firs
     HoldRegisters(sums.normaliser);
     release(ring.stage);
     ring.Next();
-    sums.StoreAll(states + std::int64_t{tile / p.tiles_per_state} * ((kD + 1) * kD));
+    Out* state = states + std::int64_t{tile / p.tiles_per_state} * ((kD + 1) * kD);
+    sums.template StoreAll<!kRotates>(state);
+    if constexpr (kRotates) totals.Store(shared.totals, state + kD * kD);
   }
 }
 
 // Grid (runs of tiles, heads).
-template <int kD, typename Out>
+template <int kD, bool kRotates, typename Out>
 __global__ void __launch_bounds__(Tiling<kD>::kThreads, Tiling<kD>::kBlocksPerSm)
     StatesKernel(const __grid_constant__ CUtensorMap k_map,
                  const __grid_constant__ CUtensorMap v_map, const Parameters p, Out* states) {
@@ -218,8 +301,8 @@ __global__ void __launch_bounds__(Tiling<kD>::kThreads, Tiling<kD>::kBlocksPerSm
   }
   __syncthreads();
   if (threadIdx.x < T::kConsumers) {
-    Consume<kD>(p, shared, first, count,
-                states + std::int64_t{blockIdx.y} * p.states_per_head * ((kD + 1) * kD));
+    Consume<kD, kRotates>(p, shared, first, count,
+                          states + std::int64_t{blockIdx.y} * p.states_per_head * ((kD + 1) * kD));
   } else if (threadIdx.x == T::kConsumers) {
     Produce<kD>(&k_map, &v_map, shared, first, count, head_index % p.heads, head_index / p.heads);
   }
@@ -229,15 +312,17 @@ template <int kD, typename Out>
 void Launch(const Context& context, const StateProblem& problem) {
   constexpr std::size_t kSharedBytes = sizeof(SharedStorage<kD>);
   static_assert(Tiling<kD>::kBlocksPerSm * (kSharedBytes + 1024) <= 228 * 1024);
-  Check(cudaFuncSetAttribute(StatesKernel<kD, Out>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                             kSharedBytes),
+  const auto kernel = problem.features.feature == Feature::kRotatedRelu
+                          ? StatesKernel<kD, true, Out>
+                          : StatesKernel<kD, false, Out>;
+  Check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes),
         "LinearBranch: shared memory");
   const int tiles = static_cast<int>((problem.length + kTile - 1) / kTile);
   const auto blocks = static_cast<int>(HopperStateBlocks(context, kD) / problem.heads);
   const int per_state = problem.chunk / kTile;
   const int states = static_cast<int>(problem.states.dim(1));
   const int states_per_block = (states + std::max(blocks, 1) - 1) / std::max(blocks, 1);
-  const Parameters parameters{problem.features.feature,
+  const Parameters parameters{problem.features,
                               static_cast<int>(problem.length),
                               static_cast<int>(problem.heads),
                               problem.first_head,
@@ -250,7 +335,7 @@ void Launch(const Context& context, const StateProblem& problem) {
   const dim3 grid(
       static_cast<unsigned>((tiles + parameters.tiles_per_block - 1) / parameters.tiles_per_block),
       static_cast<unsigned>(problem.states.dim(0)));
-  StatesKernel<kD, Out><<<grid, Tiling<kD>::kThreads, kSharedBytes, context.stream>>>(
+  kernel<<<grid, Tiling<kD>::kThreads, kSharedBytes, context.stream>>>(
       rows(problem.k), rows(problem.v), parameters, problem.states.data<Out>());
   CheckLaunch("LinearBranch: states");
 }

@@ -470,7 +470,7 @@ class Run {
     problem.heads = args_.q.dim(2);
     problem.head_size = kD;
     problem.first_head = static_cast<int>(first);
-    const auto kernel = ChooseStateKernel(problem.features.feature, context_.compute_major);
+    const auto kernel = ChooseStateKernel(context_.compute_major);
     if (whole_) {
       const std::int64_t blocks = kernel == StateKernelKind::kHopper
                                       ? HopperStateBlocks(context_, kD)
@@ -604,7 +604,7 @@ bool TensorCoreLinearGradientFits(const LinearGradientArgs& args) {
 }
 
 void TensorCoreLinearGradient(const Context& context, const LinearGradientArgs& args) {
-  const auto kernel = ChooseStateKernel(args.feature, context.compute_major);
+  const auto kernel = ChooseStateKernel(context.compute_major);
   const auto run = [&](auto group) {
     VisitLinearStates(context, StateArgs(args), kernel,
                       [&](const LinearStates& states) { group.Group(states); });

@@ -405,8 +405,7 @@ void LinearBranch(const Context& context, const LinearBranchArgs& args) {
           "LinearBranch: the head size is not a multiple of 8 up to 384");
   if (args.q.NumElements() == 0) return;
   if (TensorCoreLinearBranchFits(args)) {
-    return TensorCoreLinearBranch(context, args,
-                                  ChooseStateKernel(args.feature, context.compute_major));
+    return TensorCoreLinearBranch(context, args, ChooseStateKernel(context.compute_major));
   }
   args.q.dtype() == DType::kBF16 ? Run<bf16>(context, args) : Run<float>(context, args);
 }

@@ -51,7 +51,7 @@ enum class StateKernelKind {
 };
 
 // A pure function, for what TensorCoreLinearBranchFits.
-StateKernelKind ChooseStateKernel(Feature feature, int compute_major);
+StateKernelKind ChooseStateKernel(int compute_major);
 
 // Calls `visit` for one group of heads after the other, as many at once as memory is spent on. For
 // what TensorCoreLinearBranchFits.

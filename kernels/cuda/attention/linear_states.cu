@@ -213,9 +213,8 @@ void Visit(const Context& context, const LinearBranchArgs& args, StateKernelKind
 
 }  // namespace
 
-StateKernelKind ChooseStateKernel(Feature feature, int compute_major) {
-  const bool hopper = compute_major == kHopperMajor && feature != Feature::kRotatedRelu;
-  return hopper ? StateKernelKind::kHopper : StateKernelKind::kTensorCore;
+StateKernelKind ChooseStateKernel(int compute_major) {
+  return compute_major == kHopperMajor ? StateKernelKind::kHopper : StateKernelKind::kTensorCore;
 }
 
 void VisitLinearStates(const Context& context, const LinearBranchArgs& args, StateKernelKind kernel,

@@ -25,7 +25,6 @@ struct StateProblem {
 std::int64_t TensorCoreStateBlocks(const Context& context);
 void TensorCoreStates(const Context& context, const StateProblem& problem);
 
-// Not for kRotatedRelu.
 std::int64_t HopperStateBlocks(const Context& context, int head_size);
 void HopperStates(const Context& context, const StateProblem& problem);
 

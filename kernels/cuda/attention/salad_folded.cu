@@ -201,7 +201,7 @@ void AddSaladBranch(const Context& context, const SaladArgs& args) {
       context.gemm->Run(product);
     }
   };
-  VisitLinearStates(context, linear, ChooseStateKernel(linear.feature, context.compute_major), add);
+  VisitLinearStates(context, linear, ChooseStateKernel(context.compute_major), add);
 }
 
 }  // namespace slalom::cuda

@@ -282,11 +282,10 @@ void SlaAttention(const Context& context, const SlaArgs& args, SlaWay way) {
     RunAttention(context, problem);
     return LinearBranch(context, linear);
   }
-  VisitLinearStates(context, linear, ChooseStateKernel(linear.feature, context.compute_major),
-                    [&](const LinearStates& states) {
-                      HopperSla(context, problem, states, linear.feature,
-                                args.proj_bias.data<float>());
-                    });
+  VisitLinearStates(
+      context, linear, ChooseStateKernel(context.compute_major), [&](const LinearStates& states) {
+        HopperSla(context, problem, states, linear.feature, args.proj_bias.data<float>());
+      });
 }
 
 SaladWay ChooseSaladWay(const SaladArgs& args) {

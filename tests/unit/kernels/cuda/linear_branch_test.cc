@@ -89,8 +89,7 @@ class LinearBranchKernels : public testing::Test {
     };
     const Tensor expected = run(DType::kF32, StateKernelKind::kTensorCore);
     ExpectNear(c, expected, run(DType::kBF16, StateKernelKind::kTensorCore), "mma.sync");
-    if (ChooseStateKernel(c.feature, backend_->context().compute_major) ==
-        StateKernelKind::kHopper) {
+    if (ChooseStateKernel(backend_->context().compute_major) == StateKernelKind::kHopper) {
       ExpectNear(c, expected, run(DType::kBF16, StateKernelKind::kHopper), "wgmma");
     }
   }
@@ -131,6 +130,13 @@ TEST_F(LinearBranchKernels, Features) {
     Compare({.length = 200, .heads = 3, .head_size = 64, .feature = feature});
     Compare({.length = 200, .heads = 3, .feature = feature, .project = false});
   }
+  for (const int head_size : {64, 128}) {
+    Compare({.length = 777,
+             .heads = 132,
+             .head_size = head_size,
+             .feature = Feature::kRotatedRelu,
+             .project = false});
+  }
 }
 
 TEST_F(LinearBranchKernels, ManyChunksOfKeys) {
@@ -160,9 +166,8 @@ TEST_F(LinearBranchKernels, Scopes) {
 }
 
 TEST(ChooseStateKernel, TakesWgmmaWhereItCan) {
-  EXPECT_EQ(ChooseStateKernel(Feature::kSoftmax, 9), StateKernelKind::kHopper);
-  EXPECT_EQ(ChooseStateKernel(Feature::kSoftmax, 8), StateKernelKind::kTensorCore);
-  EXPECT_EQ(ChooseStateKernel(Feature::kRotatedRelu, 9), StateKernelKind::kTensorCore);
+  EXPECT_EQ(ChooseStateKernel(9), StateKernelKind::kHopper);
+  EXPECT_EQ(ChooseStateKernel(8), StateKernelKind::kTensorCore);
 }
 
 }  // namespace
