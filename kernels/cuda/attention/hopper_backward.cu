@@ -1,7 +1,7 @@
 // The sparse branch's gradients on Hopper: TMA brings blocks of the other side, wgmma multiplies.
 //
-// d_q: a warpgroup owns 64 queries and has them and, where there is room, their d_out in registers,
-// as left operands; scores, slopes and the sum are three products per block of keys.
+// d_q: a warpgroup owns 64 queries and has them and their d_out, where it can, in registers as left
+// operands; scores, slopes and the sum are three products per block of keys.
 // d_k, d_v: a block of threads owns 64 keys. Scores are transposed (rows are keys), so that P^T and
 // dS^T are left in registers as the next products' left operands. Two warpgroups take the listed
 // blocks of queries in turn, and add their sums up at the end.
@@ -241,13 +241,15 @@ __device__ void ConsumeKeys(const Parameters& p, QueryStorage<kD, kConsumers>& s
   const RowSlopes rows(p, std::int64_t{sample} * p.heads + head,
                        own_row + thread / 32 * 16 + thread % 32 / 4);
   if (keys.count > 0) {
-    // Two blocks on a multiprocessor leave fewer registers: then d_out stays in shared memory.
-    constexpr bool kHoldSlopes = kConsumers == 2 || kD == 64;
-    std::uint32_t q[kD / 16][4], d_out[kHoldSlopes ? kD / 16 : 1][4];
+    // With 64 channels queries stay in shared memory: ptxas 13.0 would give their fragments and
+    // `weights` the same registers. So does d_out where two blocks share a multiprocessor's
+    // registers.
+    constexpr bool kHoldQueries = kD == 128, kHoldSlopes = kHoldQueries && kConsumers == 2;
+    std::uint32_t q[kHoldQueries ? kD / 16 : 1][4], d_out[kHoldSlopes ? kD / 16 : 1][4];
     std::uint32_t weights[kTile / 16][4];
     float scores[kScores], slopes[kScores];
     BarrierWait(&shared.own_full, 0);
-    LoadFragments<kD>(q, shared.q[group]);
+    if constexpr (kHoldQueries) LoadFragments<kD>(q, shared.q[group]);
     if constexpr (kHoldSlopes) LoadFragments<kD>(d_out, shared.d_out[group]);
     Ring<kStages> ring;
     int last = -1;  // the stage that the sum still reads
@@ -257,7 +259,11 @@ __device__ void ConsumeKeys(const Parameters& p, QueryStorage<kD, kConsumers>& s
 #pragma unroll 1
     for (int i = keys.count - 1; i >= 0; --i) {
       BarrierWait(&shared.full[ring.stage], ring.parity);
-      StartScores<kD>(scores, q, shared.k[ring.stage]);
+      if constexpr (kHoldQueries) {
+        StartScores<kD>(scores, q, shared.k[ring.stage]);
+      } else {
+        StartScores<kD>(scores, shared.q[group], shared.k[ring.stage]);
+      }
       if constexpr (kHoldSlopes) {
         StartScores<kD>(slopes, d_out, shared.v[ring.stage]);
       } else {
@@ -458,17 +464,21 @@ __device__ void ConsumeQueries(const Parameters& p, KeyStorage<kD>& shared, int 
   HoldRegisters(d_v);
 }
 
-// Each warpgroup hands one of its two sums to the other and gets that one's part of its own.
+// The first warpgroup hands its sum for d_v to the second, and gets that one's for d_k.
 template <int kD>
-__device__ void Exchange(KeyStorage<kD>& shared, int group, float (&kept)[kD / 2],
-                         const float (&given)[kD / 2]) {
+__device__ void Exchange(KeyStorage<kD>& shared, int group, float (&d_k)[kD / 2],
+                         float (&d_v)[kD / 2]) {
   const int thread = static_cast<int>(threadIdx.x) % kWarpgroup;
   NamedBarrierSync(kConsumersBarrier, kKeyGroups * kWarpgroup);  // the stages are done with
 #pragma unroll
-  for (int i = 0; i < kD / 2; ++i) shared.exchange[group][i][thread] = given[i];
+  for (int i = 0; i < kD / 2; ++i) {
+    shared.exchange[group][i][thread] = group == 0 ? d_v[i] : d_k[i];
+  }
   NamedBarrierSync(kConsumersBarrier, kKeyGroups * kWarpgroup);
 #pragma unroll
-  for (int i = 0; i < kD / 2; ++i) kept[i] += shared.exchange[1 - group][i][thread];
+  for (int i = 0; i < kD / 2; ++i) {
+    (group == 0 ? d_k[i] : d_v[i]) += shared.exchange[1 - group][i][thread];
+  }
 }
 
 // Grid (tiles of 64 keys, heads, samples).
@@ -505,7 +515,7 @@ __global__ void __launch_bounds__(kKeyThreads, 1)
   float d_k[kD / 2] = {}, d_v[kD / 2] = {};
   if (queries.count > 0) {
     ConsumeQueries<kD>(p, shared, queries.count, group, d_k, d_v);
-    group == 0 ? Exchange<kD>(shared, group, d_k, d_v) : Exchange<kD>(shared, group, d_v, d_k);
+    Exchange<kD>(shared, group, d_k, d_v);
   }
   if (group == 0) {
     StoreTile<kD>(d_k, p.scale, p, p.d_k, first_row, head, sample);

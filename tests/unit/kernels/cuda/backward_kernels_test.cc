@@ -259,6 +259,16 @@ TEST_F(HopperGradientSteps, RingWrapsAround) {
   CompareSparse({.length = 64 * 9, .share = 5}, GradientKernel::kHopper);
   CompareSparse({.length = 64 * 10, .block_q = 128, .share = 5}, GradientKernel::kHopper);
 }
+TEST_F(HopperGradientSteps, TwoTilesOfNarrowHeads) {
+  if (!HasHopper()) GTEST_SKIP() << "this device is not a Hopper";
+  CompareSparse({.length = 128, .head_size = 64, .share = 5}, GradientKernel::kHopper);
+  CompareSparse({.length = 64 * 9, .head_size = 64, .share = 5}, GradientKernel::kHopper);
+}
+TEST_F(HopperGradientSteps, Lists) {
+  if (!HasHopper()) GTEST_SKIP() << "this device is not a Hopper";
+  CompareSparse({.length = 64 * 9}, GradientKernel::kHopper);
+  CompareSparse({.length = 64 * 9, .head_size = 64}, GradientKernel::kHopper);
+}
 TEST_F(HopperGradientSteps, Accumulates) {
   if (!HasHopper()) GTEST_SKIP() << "this device is not a Hopper";
   CompareSparse({.length = 200, .share = 5}, GradientKernel::kHopper, true);
