@@ -76,7 +76,9 @@ def sla_op(q: Tensor, k: Tensor, v: Tensor, classes: Tensor, weight: Optional[Te
     """out [B, L, H, D], lse [B, H, L]; weight [D, D] and bias [D] float32, or None: no linear branch."""
     found = library_for(q)
     if found is None:
-        out, lse = fallback.sla_forward(*_swapped(q, k, v), classes, weight, bias, scope, feature_map, block_q, block_k)
+        with torch.autocast(q.device.type, enabled=False):
+            out, lse = fallback.sla_forward(*_swapped(q, k, v), classes, weight, bias, scope, feature_map, block_q,
+                                            block_k)
         return out.transpose(1, 2).contiguous(), lse.contiguous()
     q, k, v, classes, weight, bias = _dense(q, k, v, classes, weight, bias)
     out, lse = torch.empty_like(q), _lse(q)
@@ -99,8 +101,9 @@ def sla_backward_op(d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, classes: Ten
     """Gradients of q, k, v, weight and bias; the last two are empty without weight."""
     found = library_for(q)
     if found is None:
-        *grads, d_weight, d_bias = fallback.sla_backward(
-            *_swapped(d_out, q, k, v), classes, weight, lse, scope, feature_map, block_q, block_k)
+        with torch.autocast(q.device.type, enabled=False):
+            *grads, d_weight, d_bias = fallback.sla_backward(
+                *_swapped(d_out, q, k, v), classes, weight, lse, scope, feature_map, block_q, block_k)
         return *(g.transpose(1, 2).contiguous() for g in grads), d_weight, d_bias
     d_out, q, k, v, classes, weight, bias, out, lse = _dense(d_out, q, k, v, classes, weight, bias, out, lse)
     grads = [torch.empty_like(x) for x in (q, k, v)]

@@ -277,3 +277,15 @@ def test_adapters_describe_themselves() -> None:
         AttentionOptions.for_kind("salad", map="window", tile=(4, 4, 4))
 
 
+def test_autocast_does_not_reach_into_the_operator() -> None:
+    generator = torch.Generator().manual_seed(9)
+    module = SparseLinearAttention.of(16, AttentionOptions(topk=0.3, block_q=16, block_k=16))
+    torch.nn.init.normal_(module.proj_l.weight, std=0.2, generator=generator)
+    tensors = [torch.randn(1, 2, 80, 16, generator=generator).bfloat16().requires_grad_() for _ in range(3)]
+    used = [*tensors, *module.parameters()]
+    expected = module(*tensors)
+    wanted = gradients(expected.float().square().sum(), used)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = module(*tensors)
+        grads = gradients(got.float().square().sum(), used)
+    assert torch.equal(got, expected) and all(torch.equal(a, b) for a, b in zip(grads, wanted))
