@@ -19,14 +19,72 @@ constexpr std::int64_t kLatentsMade = 3;
 // What the CUDA back end spends at once on the linear branch's sums, and on scores in memory.
 constexpr std::int64_t kMostSumBytes = std::int64_t{512} << 20;
 constexpr std::int64_t kMostScoreBytes = std::int64_t{256} << 20;
+// Sums of chunks of keys that it makes of one sample when every key is in scope, at most: a block
+// of threads each, one wave.
+constexpr std::int64_t kSumBlocks = 264;
+
+// Whether attention runs in the CUDA back end's kernels of tensor cores.
+bool TensorCoresAttend(const TransformerConfig& config, DType dtype) {
+  const int head = config.attention_head_dim;
+  return dtype == DType::kBF16 && (head == 64 || head == 128);
+}
 
 // Scores in memory, where no kernel of the CUDA back end keeps them in registers.
-std::int64_t AttentionScratch(const TransformerConfig& config, std::int64_t tokens,
-                              std::int64_t samples, DType dtype) {
-  const int head = config.attention_head_dim;
-  if (dtype == DType::kBF16 && (head == 64 || head == 128)) return 0;
-  const std::int64_t scores = samples * config.num_attention_heads * tokens * tokens * 4;
-  return std::min(scores, kMostScoreBytes);
+std::int64_t ScoreBytes(const TransformerConfig& config, std::int64_t tokens,
+                        std::int64_t samples) {
+  return std::min(samples * config.num_attention_heads * tokens * tokens * 4, kMostScoreBytes);
+}
+
+std::int64_t Blocks(std::int64_t length, std::int64_t block) {
+  return (length + block - 1) / block;
+}
+
+// What SLA and SALAD have beside the residual stream and the layer's input in those kernels: rows
+// of every token, the map, and what keys and values are reduced to.
+std::int64_t SparseBytes(const TransformerConfig& config, const AttentionSetting& attention,
+                         std::int64_t tokens, std::int64_t samples) {
+  const std::int64_t dim = config.dim(), head = config.attention_head_dim;
+  const std::int64_t heads = samples * config.num_attention_heads;
+  const std::int64_t nq = Blocks(tokens, attention.map.block_q);
+  const std::int64_t nk = Blocks(tokens, attention.map.block_k);
+  const std::int64_t all_rows = samples * tokens * dim * 2;  // of one tensor in bf16
+  const std::int64_t critical = CriticalBlocks(attention.map.topk, nk);
+  const bool scored = attention.map.kind == BlockMapKind::kTopK;
+  // Classes, lists, and the means that were scored.
+  const std::int64_t map =
+      heads * nq * (nk + 4 * critical + 4) + (scored ? samples * (nq + nk) * dim * 4 : 0);
+  const std::int64_t sum = head * (head + 1);  // elements, the normaliser among them
+  const std::int64_t chunks = samples * kSumBlocks * sum * 4;
+
+  if (attention.kind == AttentionKind::kSalad) {
+    // q and k, rotated and not, v and the output; then the features and the folded projection, or
+    // before them a window's order of q, k, v and the output.
+    const std::int64_t folded = samples * (dim + 8) * dim * 2;
+    const std::int64_t branch = std::max(all_rows / dim * (dim + 8) + folded, chunks);
+    return 6 * all_rows + std::max(branch, scored ? 0 : 4 * all_rows) + map;
+  }
+  // q, k, v and the output.
+  if (attention.scope == LinearScope::kAll) return 4 * all_rows + map + chunks;
+  // Sums of every key block and over every query block's scope, of as many heads as fit, and the
+  // scope as a matrix.
+  const std::int64_t of_head = (nq + nk) * sum * 2;
+  const std::int64_t at_once = std::clamp<std::int64_t>(kMostSumBytes / of_head, 1, heads);
+  return 4 * all_rows + map + at_once * (of_head + nq * Blocks(nk, 8) * 8 * 2);
+}
+
+// The same for plain arithmetic, at most: every pair of blocks of 64 tokens has a class, a score
+// and a place in the list, every block its sums.
+std::int64_t PlainSparseBytes(const TransformerConfig& config, const AttentionSetting& attention,
+                              std::int64_t tokens, std::int64_t samples, const Device& device,
+                              std::int64_t element) {
+  const std::int64_t head = config.attention_head_dim;
+  const std::int64_t heads = samples * config.num_attention_heads;
+  const std::int64_t n = Blocks(tokens, 64);
+  std::int64_t sums = heads * n * head * (head + 1) * 4;
+  if (!device.is_cpu()) sums = std::min(sums, kMostSumBytes);
+  // SALAD also keeps q and k as they were before rotation, and its linear branch.
+  const std::int64_t tensors = attention.kind == AttentionKind::kSalad ? 8 : 4;
+  return tensors * samples * tokens * config.dim() * element + heads * n * n * (1 + 4 + 4) + sums;
 }
 
 double Product(std::int64_t a, std::int64_t b) {
@@ -87,40 +145,36 @@ std::size_t WaitingBytes(const ModelConfig& config, const ClipSpec& spec, DType 
   return static_cast<std::size_t>(latents + text + angles);
 }
 
-std::size_t StepBytes(const ModelConfig& config, const ClipSpec& spec, DType dtype,
-                      const Device& device) {
+std::size_t StepBytes(const ModelConfig& config, const ClipSpec& spec,
+                      const AttentionSetting& attention, DType dtype, const Device& device) {
   const ClipShape shape = ShapeOf(config, spec);
   const TransformerConfig& transformer = config.transformer;
   const std::int64_t dim = transformer.dim();
-  const std::int64_t ffn = transformer.ffn_dim;
   const auto element = static_cast<std::int64_t>(ByteSize(dtype));
   const std::int64_t samples = SamplesPerStep(spec);
-  const std::int64_t rows = samples * shape.grid.size();
+  const std::int64_t tokens = shape.grid.size(), rows = samples * tokens;
+  const bool fast = !device.is_cpu() && TensorCoresAttend(transformer, dtype);
 
-  // The f32 residual stream and a layer's input in T are there always. Beside them in T: q, k, v
-  // and the output, or the MLP's hidden rows. SALAD also keeps q and k as they were before
-  // rotation, and its linear branch.
+  // The f32 residual stream and a layer's input in T are there always. Beside them: attention, or
+  // the MLP's hidden rows.
   const std::int64_t always = rows * (4 + element) * dim;
-  std::int64_t attention = rows * element * dim * (spec.attention == AttentionKind::kSalad ? 8 : 4);
-  std::int64_t mlp = rows * element * ffn;
+  std::int64_t attending = 0;
+  std::int64_t mlp = rows * element * transformer.ffn_dim;
+  if (attention.kind == AttentionKind::kDense) {
+    attending = 4 * rows * element * dim;  // q, k, v and the output
+  } else {
+    attending = fast ? SparseBytes(transformer, attention, tokens, samples)
+                     : PlainSparseBytes(transformer, attention, tokens, samples, device, element);
+  }
   if (device.is_cpu()) {
-    attention += rows * 4 * 2 * dim;  // keys and values, packed
+    attending += rows * 4 * 2 * dim;  // keys and values, packed
   } else {
     // A gate goes into the weight, or in f32 meets the product in a tensor of its own.
-    mlp += dtype == DType::kF32 ? rows * 4 * dim : element * dim * ffn;
-    attention += AttentionScratch(transformer, shape.grid.size(), samples, dtype);
-  }
-  if (spec.attention != AttentionKind::kDense) {
-    // Blocks of 64 tokens: the linear branch's sums of each, and of every pair class, score and
-    // place in the list.
-    const std::int64_t n = (shape.grid.size() + 63) / 64;
-    const std::int64_t head = transformer.attention_head_dim;
-    std::int64_t sums = samples * transformer.num_attention_heads * n * head * (head + 1) * 4;
-    if (!device.is_cpu()) sums = std::min(sums, kMostSumBytes);
-    attention += samples * transformer.num_attention_heads * n * n * (1 + 4 + 4) + sums;
+    mlp += dtype == DType::kF32 ? rows * 4 * dim : element * dim * transformer.ffn_dim;
+    if (!fast) attending += ScoreBytes(transformer, tokens, samples);
   }
   const std::int64_t latents = (2 * samples + kLatentsMade) * shape.latent().NumElements() * 4;
-  return static_cast<std::size_t>(always + std::max(attention, mlp) + latents);
+  return static_cast<std::size_t>(always + std::max(attending, mlp) + latents);
 }
 
 void RateMeter::Add(double flops, double seconds) {

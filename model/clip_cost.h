@@ -11,6 +11,7 @@
 #include "kernels/core/tensor.h"
 #include "model/config.h"
 #include "model/pipeline.h"
+#include "model/transformer_block.h"
 
 namespace slalom {
 
@@ -37,9 +38,9 @@ double TextFlops(const ModelConfig& config, std::int64_t text_tokens);
 
 // Device memory of a clip between steps: latent and history, its prompts, its angles.
 std::size_t WaitingBytes(const ModelConfig& config, const ClipSpec& spec, DType dtype);
-// More, while one step of it runs alone on such a device.
-std::size_t StepBytes(const ModelConfig& config, const ClipSpec& spec, DType dtype,
-                      const Device& device);
+// More, while one step of it runs alone on such a device, with that attention.
+std::size_t StepBytes(const ModelConfig& config, const ClipSpec& spec,
+                      const AttentionSetting& attention, DType dtype, const Device& device);
 
 // Seconds per operation, as measured: a moving average over the latest runs. Thread-safe.
 class RateMeter {

@@ -162,6 +162,11 @@ double WanPipeline::StepFlops(const ClipSpec& spec) const {
          TransformerFlops(model_.config.transformer, shape.grid.size(), spec.attention, spec.topk);
 }
 
+std::size_t WanPipeline::BytesOfStep(const ClipSpec& spec) const {
+  return StepBytes(model_.config, spec, model_.transformer->Setting(spec.attention, spec.topk),
+                   model_.dtype, device());
+}
+
 RateMeter& WanPipeline::StepRate(AttentionKind kind) const {
   return step_rates_[static_cast<std::size_t>(kind)];
 }
@@ -184,7 +189,7 @@ ClipCost WanPipeline::Estimate(const ClipSpec& spec) const {
   cost.step_seconds = StepRate(spec.attention).SecondsFor(cost.step_work);
   cost.decode_seconds = decode_rate_.SecondsFor(cost.decode_work);
   cost.waiting_bytes = WaitingBytes(model_.config, spec, model_.dtype);
-  cost.step_bytes = StepBytes(model_.config, spec, model_.dtype, device());
+  cost.step_bytes = BytesOfStep(spec);
   cost.decode_bytes =
       decoder.StateBytes(shape.height, shape.width) + decoder.WorkBytes(shape.height, shape.width);
   return cost;
@@ -198,8 +203,7 @@ int WanPipeline::MaxBatch(const ClipSpec& spec) const {
   std::int64_t most = wanted;
   if (max_batch_ == 0) most = std::min(most, kBatchTokens / std::max<std::int64_t>(tokens, 1));
   if (device_bytes_ > weight_bytes_) {
-    const std::size_t each = WaitingBytes(model_.config, spec, model_.dtype) +
-                             StepBytes(model_.config, spec, model_.dtype, device());
+    const std::size_t each = WaitingBytes(model_.config, spec, model_.dtype) + BytesOfStep(spec);
     most = std::min(most, static_cast<std::int64_t>((device_bytes_ - weight_bytes_) / each));
   }
   return static_cast<int>(std::clamp<std::int64_t>(most, 1, wanted));

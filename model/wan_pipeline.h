@@ -102,6 +102,7 @@ class WanPipeline : public Pipeline {
   Tensor DecodePiece(WanGeneration& clip) const;
   RateMeter& StepRate(AttentionKind kind) const;
   double StepFlops(const ClipSpec& spec) const;
+  std::size_t BytesOfStep(const ClipSpec& spec) const;
 
   WanModel model_;
   ModelInfo info_;

@@ -142,7 +142,7 @@ json BenchForward(const NetworkBenchOptions& options, AttentionKind attention) {
                                    .attention = &setting,
                                    .velocity = velocity});
   });
-  bench.Predict(StepBytes(bench.config(), spec, bench.dtype(), backend.device()));
+  bench.Predict(StepBytes(bench.config(), spec, setting, bench.dtype(), backend.device()));
   bench.RequireFinite(velocity, "the velocity");
   json report = bench.Report();
   report["tokens"] = shape.grid.size();

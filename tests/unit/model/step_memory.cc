@@ -59,7 +59,8 @@ StepMemory MeasureStepMemory(Backend& backend, const TinyModelOptions& options, 
                                 .velocity = backend.Allocate(batch, DType::kF32)});
   backend.Synchronize();
   memory.peak = static_cast<double>(backend.Memory().bytes_peak - waiting);
-  memory.predicted_peak = static_cast<double>(StepBytes(config, spec, dtype, backend.device()));
+  memory.predicted_peak =
+      static_cast<double>(StepBytes(config, spec, setting, dtype, backend.device()));
   return memory;
 }
 
