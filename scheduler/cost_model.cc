@@ -63,9 +63,19 @@ int CostModel::Kind(const std::string& device, const std::string& model, Attenti
   return static_cast<int>(kinds_.size()) - 1;
 }
 
+const CostModel::PhaseModel& CostModel::Nearest(const KindModel& kind, CostPhase phase) const {
+  const PhaseModel* nearest = &Phase(kind, phase);
+  if (nearest->samples > 0) return *nearest;
+  for (const KindModel& other : kinds_) {
+    if (other.device != kind.device || other.model != kind.model) continue;
+    if (Phase(other, phase).samples > nearest->samples) nearest = &Phase(other, phase);
+  }
+  return *nearest;
+}
+
 double CostModel::Seconds(const KindModel& kind, CostPhase phase, double work,
-                          double prior_seconds) {
-  const PhaseModel& model = Phase(kind, phase);
+                          double prior_seconds) const {
+  const PhaseModel& model = Nearest(kind, phase);
   if (model.samples == 0) return prior_seconds;
   return model.fit.Predict(WorkOf(work, prior_seconds), Positive(prior_seconds));
 }

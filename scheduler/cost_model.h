@@ -89,7 +89,10 @@ class CostModel {
   static const PhaseModel& Phase(const KindModel& kind, CostPhase phase) {
     return kind.phases[static_cast<std::size_t>(phase)];
   }
-  static double Seconds(const KindModel& kind, CostPhase phase, double work, double prior_seconds);
+  // Of that phase of work; before it has been measured, of the same work with another attention:
+  // what that has of begin and decode is the same, and of steps it is nearer than an estimate.
+  const PhaseModel& Nearest(const KindModel& kind, CostPhase phase) const;
+  double Seconds(const KindModel& kind, CostPhase phase, double work, double prior_seconds) const;
   static void Observe(KindModel& kind, CostPhase phase, double work, double prior_seconds,
                       double predicted, double seconds, double alone_seconds);
 

@@ -47,8 +47,21 @@ TEST_F(CostModelTest, OneMeasurementCorrectsAWrongGuess) {
   EXPECT_NEAR(Step(Clip(3)), 0.03, 0.002);
   EXPECT_NEAR(Step(Clip(30)), 0.3, 0.02);  // and that of other sizes
   EXPECT_DOUBLE_EQ(model_.Predict(kind_, Clip(3)).decode_seconds, 15);
-  EXPECT_DOUBLE_EQ(
-      model_.Predict(model_.Kind("gpu", "wan", AttentionKind::kDense), Clip(3)).step_seconds, 3);
+  for (const auto& [device, model] : {std::pair("gpu", "other"), std::pair("cpu", "wan")}) {
+    const int other = model_.Kind(device, model, AttentionKind::kSla);
+    EXPECT_DOUBLE_EQ(model_.Predict(other, Clip(3)).step_seconds, 3);
+  }
+}
+
+TEST_F(CostModelTest, AnotherAttentionIsPredictedFromThisOneUntilItIsMeasured) {
+  const int dense = model_.Kind("gpu", "wan", AttentionKind::kDense);
+  Observe(Clip(3), 0.03);
+  model_.ObserveDecode(kind_, Clip(3), 0.15);
+  EXPECT_NEAR(model_.Predict(dense, Clip(3)).step_seconds, 0.03, 0.002);
+  EXPECT_NEAR(model_.Predict(dense, Clip(3)).decode_seconds, 0.15, 0.01);
+  model_.ObserveStep(dense, Clip(3), 1, 0.3);
+  EXPECT_NEAR(model_.Predict(dense, Clip(3)).step_seconds, 0.3, 0.02);
+  EXPECT_NEAR(Step(Clip(3)), 0.03, 0.002);
 }
 
 TEST_F(CostModelTest, ForgivesAColdStart) {
