@@ -20,7 +20,7 @@ from torch import Tensor
 
 from motion import pack
 from render import render
-from scenes import Scene, caption, draw_scene, training_caption
+from scenes import Scene, caption, draw_scene, training_caption, twin
 from tokenizer import Tokenizer
 
 CAPTIONS_PER_CLIP = 4
@@ -28,13 +28,15 @@ CAPTIONS_PER_CLIP = 4
 
 @dataclass(frozen=True)
 class Plan:
-    """What one worker packs: `count` clips of `frames` frames drawn with `seed`."""
+    """What one worker packs: `count` clips of `frames` frames drawn with `seed`; with `twins` every second one is the twin
+    of the one before: the same patterns of captions, the same place and camera."""
 
     seed: int
     count: int
     frames: int
     held_out: bool
     vocabulary: Path
+    twins: bool = False
 
 
 @dataclass
@@ -51,10 +53,29 @@ class Packed:
 def pack_plan(plan: Plan) -> Packed:
     rng = random.Random(plan.seed)
     tokenizer = Tokenizer(plan.vocabulary)
-    scenes = [draw_scene(rng, plan.held_out) for _ in range(plan.count)]
+    if plan.twins:
+        return _with_twins(plan, rng, tokenizer)
+    return _packed([draw_scene(rng, plan.held_out) for _ in range(plan.count)], plan.frames, rng, tokenizer)
+
+
+def _packed(scenes: list[Scene], frames: int, rng: random.Random, tokenizer: Tokenizer) -> Packed:
     ids = [[tokenizer.encode(training_caption(s, rng)) for _ in range(CAPTIONS_PER_CLIP)] for s in scenes]
     captions = [caption(s, rng) for s in scenes]
-    return Packed(scenes, captions, np.array(ids), *pack(scenes, plan.frames, rng))
+    return Packed(scenes, captions, np.array(ids), *pack(scenes, frames, rng))
+
+
+def _with_twins(plan: Plan, rng: random.Random, tokenizer: Tokenizer) -> Packed:
+    pairs = []
+    for _ in range(-(-plan.count // 2)):
+        scene = draw_scene(rng)
+        other, state = twin(scene, rng), rng.getstate()
+        for one in (scene, other):
+            rng.setstate(state)
+            pairs.append(_packed([one], plan.frames, rng, tokenizer))
+    pairs = pairs[:plan.count]
+    joined = {name: [x for one in pairs for x in getattr(one, name)] for name in ("scenes", "captions")}
+    arrays = {name: np.concatenate([getattr(one, name) for one in pairs]) for name in ("ids", "static", "poses")}
+    return Packed(**joined, **arrays)
 
 
 def _end_with_parent() -> None:
@@ -78,9 +99,10 @@ class ClipSource:
         if self.pool:
             self.pool.shutdown(cancel_futures=True)
 
-    def stream(self, seed: int, total: int, frames: int, held_out: bool = False, batch: int = 64) -> Iterator[Packed]:
+    def stream(self, seed: int, total: int, frames: int, held_out: bool = False, batch: int = 64,
+               twins: bool = False) -> Iterator[Packed]:
         """`total` clips in batches; batch i depends on (seed, i) alone."""
-        plans = (Plan(seed * 100_003 + i, min(batch, total - i * batch), frames, held_out, self.vocabulary)
+        plans = (Plan(seed * 100_003 + i, min(batch, total - i * batch), frames, held_out, self.vocabulary, twins)
                  for i in range(-(-total // batch)))
         if self.pool is None:
             yield from map(pack_plan, plans)

@@ -63,6 +63,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--guidance", type=float, default=3.0)
     parser.add_argument("--sheet", type=Path)
+    parser.add_argument("--seen", action="store_true", help="captions of scenes that training may have seen")
     parser.add_argument("--prompts", nargs="*", help="draw these instead, on the sheet alone")
     args = parser.parse_args()
     deadline = Deadline(args.deadline_seconds, reserve=15)
@@ -78,7 +79,8 @@ def main() -> int:
         save_sheet(list(draw(args.prompts, 0)), args.sheet)
         return 0
     right, rows, judged, begin = dict.fromkeys([*LABELS, "all"], 0), [], 0, time.time()
-    for i, packed in enumerate(ClipSource(args.vocabulary, 0).stream(SEED, args.count, args.frames, True, args.batch)):
+    source = ClipSource(args.vocabulary, 0)
+    for i, packed in enumerate(source.stream(SEED, args.count, args.frames, not args.seen, args.batch)):
         if deadline.over():
             break
         clips = draw(packed.captions, i)
@@ -90,7 +92,7 @@ def main() -> int:
             print(f"{args.sheet.name}, row by row:", *packed.captions[:12], sep="\n  ", flush=True)
     shares = "  ".join(f"{name} {100 * n / max(judged, 1):.1f} %" for name, n in right.items())
     print(f"{args.size}x{args.size}x{args.frames}, {args.steps} steps, guidance {args.guidance:g}: {judged} clips of "
-          f"held-out captions in {time.time() - begin:.0f} s, right: {shares}")
+          f"{'seen' if args.seen else 'held-out'} captions in {time.time() - begin:.0f} s, right: {shares}")
     return 0 if judged >= args.count else UNFINISHED
 
 

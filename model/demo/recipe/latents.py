@@ -13,6 +13,8 @@ import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from queue import Queue
+from threading import Thread
 
 import torch
 from torch import Tensor
@@ -33,16 +35,19 @@ class LatentSet:
 
     latents: Tensor
     ids: Tensor
-    folder: Path | None = None
-    parts: set[Path] = field(default_factory=set)  # that are in here
+    folder: Path
+    parts: set[Path]  # that are in here
+    coming: Queue = field(default_factory=Queue)  # parts that a thread has read
 
     def __len__(self) -> int:
         return len(self.latents)
 
     def batch(self, size: int) -> tuple[Tensor, Tensor]:
-        """Latents [size, ...] and one caption each [size, tokens]."""
-        pick = torch.randint(self.latents.shape[0], (size,), device=self.latents.device)
-        which = torch.randint(self.ids.shape[1], (size,), device=self.ids.device)
+        """Latents [size, ...] and one caption each [size, tokens]; twins (see scenes.py) side by side."""
+        pairs = -(-size // 2)
+        pick = 2 * torch.randint(len(self) // 2, (pairs,), device=self.latents.device)
+        pick = torch.stack([pick, pick + 1], 1).flatten()[:size]
+        which = torch.randint(self.ids.shape[1], (pairs,), device=self.ids.device).repeat_interleave(2)[:size]
         return self.latents[pick], self.ids[pick, which]
 
     @classmethod
@@ -52,14 +57,24 @@ class LatentSet:
         if not parts:
             return None
         stored = [torch.load(part, map_location=device, weights_only=True) for part in parts]
-        return cls(*(torch.cat([one[name] for one in stored]) for name in ("latents", "ids")), folder, set(parts))
+        found = cls(*(torch.cat([one[name] for one in stored]) for name in ("latents", "ids")), folder, set(parts))
+        Thread(target=found._read, daemon=True).start()
+        return found
+
+    def _read(self) -> None:
+        """Reads the parts that come, beside the training."""
+        while True:
+            for part in sorted(set(self.folder.glob("*.pt")) - self.parts):
+                self.coming.put(torch.load(part, map_location=self.latents.device, weights_only=True))
+                self.parts.add(part)
+            time.sleep(1)
 
     def refresh(self) -> None:
-        """Adds the parts that came since."""
-        for part in sorted(set(self.folder.glob("*.pt")) - self.parts):
-            stored = torch.load(part, map_location=self.latents.device, weights_only=True)
-            self.latents, self.ids = torch.cat([self.latents, stored["latents"]]), torch.cat([self.ids, stored["ids"]])
-            self.parts.add(part)
+        """Adds what has been read since."""
+        new = [self.coming.get() for _ in range(self.coming.qsize())]
+        if new:
+            self.latents = torch.cat([self.latents, *(one["latents"] for one in new)])
+            self.ids = torch.cat([self.ids, *(one["ids"] for one in new)])
 
 
 class PartWriter:
@@ -97,7 +112,7 @@ def encode_clips(vae: WanVae, source: ClipSource, args: argparse.Namespace, devi
     """Renders and encodes clips, their means, until there are enough or the time is up; how many it made."""
     writer, begin = PartWriter(args.out, args.seed), time.time()
     encode = torch.compile(vae.encode, dynamic=False) if args.compile else vae.encode
-    for packed in source.stream(args.seed + args.frames, args.clips, args.frames, batch=args.batch):
+    for packed in source.stream(args.seed + args.frames, args.clips, args.frames, batch=args.batch, twins=True):
         clips = to_model(rendered(packed, args.size, device)).contiguous(memory_format=torch.channels_last_3d)
         with torch.autocast(device.type, torch.bfloat16):
             if not writer.clips and device.type == "cuda":

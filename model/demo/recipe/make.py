@@ -16,7 +16,7 @@ import argparse
 import shutil
 import sys
 import tarfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from phases import HERE, Call, Phase, add_call_arguments, script
@@ -51,16 +51,18 @@ class Sizes:
     """Everything that --tiny changes."""
 
     vae: tuple[str, ...] = ("--compile",)
-    sets: tuple[ClipSet, ...] = (ClipSet(256, 33, 16_384, 16, (110, 80), (0, 2), 48, 4),
-                                ClipSet(384, 49, 6_144, 4, (80,), (3,), 12, 1))
+    text: tuple[str, ...] = ()
+    sets: tuple[ClipSet, ...] = (ClipSet(256, 33, 32_768, 16, (60, 300, 300), (0, 1, 2), 48, 4),
+                                ClipSet(384, 49, 12_288, 4, (300,), (3,), 12, 1))
     compile: tuple[str, ...] = ("--compile",)
     evaluation: tuple[tuple[int, int, int], ...] = ((256, 33, 128), (384, 49, 32))  # size, frames, captions
     sampling: tuple[str, ...] = ("--steps", "20")
     least: float = 1.0  # factor on the seconds a phase needs at least
-    tail: float = 50.0  # seconds that the transformer leaves to the evaluation
+    tail: float = 30.0  # seconds that the transformer leaves to the evaluation
 
 
 TINY = Sizes(vae=("--size", "32", "--crop", "16", "--frames", "9", "--pool", "8", "--batch", "1"),
+             text=("--captions", "400", "--steps", "4"),
              sets=(ClipSet(32, 9, 32, 4, (60, 60), (0, 2), 2, 2), ClipSet(48, 13, 16, 4, (60,), (3,), 1, 1)), compile=(),
              evaluation=((32, 9, 4), (48, 13, 2)), sampling=("--steps", "4", "--batch", "2"), least=0.2, tail=40)
 
@@ -74,14 +76,22 @@ def phases_of(args: argparse.Namespace) -> list[Phase]:
     start_vae += ("--decoder-only",) if args.keep_latents else ()
     start_dit = ("--start", args.start) if args.start and (args.start / "transformer").exists() else ()
     found = [] if READER.exists() else [Phase("reader", script("train_reader.py", *vocabulary, "--out", READER), 90)]
-    found.append(
-        Phase("vae", script("train_vae.py", *vocabulary, "--checkpoint", work / "vae.pt", "--ship", model, "--rate",
-                            args.vae_rate, "--total-minutes", args.vae_minutes, "--sheet", work / "vae.png",
-                            *start_vae, *sizes.vae), 150, gpu=1, outputs=[work / "vae.png"]))
-    early = ("vae",) if not (args.start and args.keep_latents) else ()  # else the encoder is known from the start
+    if args.vae_minutes:
+        found.append(Phase("vae", script(
+            "train_vae.py", *vocabulary, "--checkpoint", work / "vae.pt", "--ship", model, "--rate", args.vae_rate,
+            "--total-minutes", args.vae_minutes, "--sheet", work / "vae.png", *start_vae, *sizes.vae), 150, gpu=1,
+            outputs=[work / "vae.png"]))
+    elif not vae_weights.exists():
+        vae_weights.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(args.start / "vae" / vae_weights.name, vae_weights)
+    trained = tuple(phase.name for phase in found if phase.name == "vae")
+    early = trained if not (args.start and args.keep_latents) else ()  # else the encoder is known from the start
+    taught = args.text or work / "text.safetensors"
+    if not args.text:
+        found.append(Phase("text", script("train_text.py", *vocabulary[:2], "--out", taught, *sizes.text), 40, beside=True))
     encoder = args.start / "vae" / vae_weights.name if args.start and args.keep_latents else vae_weights
     sets, encoders = [], []
-    for clips in sizes.sets:
+    for clips in sizes.sets if len(args.gpus) > 1 else (replace(one, seconds=(120,)) for one in sizes.sets):
         folder = work / f"latents-{clips.size}-{clips.frames}"
         sets.append(f"{folder}:{clips.batch}:{clips.turns}")
         for i, (seconds, gpu) in enumerate(zip(clips.seconds, clips.gpus)):
@@ -94,9 +104,10 @@ def phases_of(args: argparse.Namespace) -> list[Phase]:
     found += encoders
     found.append(Phase("transformer", script(
         "train_transformer.py", "--latents", *sets, "--checkpoint", work / "denoiser.pt", "--ship", model, "--rate",
-        args.transformer_rate, *length, *start_dit, *sizes.compile), 90, waits, tail=sizes.tail))
+        args.transformer_rate, "--text", taught, *length, *start_dit, *sizes.compile), 90,
+        waits + tuple(phase.name for phase in found if phase.name == "text"), tail=sizes.tail))
     judge = script("evaluate.py", *vocabulary[:2], "--model", model, *sizes.sampling)
-    both = ("vae", "transformer")
+    both = (*trained, "transformer")
     for size, frames, count in sizes.evaluation:
         sheet = work / f"clips-{size}-{frames}.png"
         found.append(Phase(f"evaluation {size}x{frames}", [*judge, "--size", str(size), "--frames", str(frames),
@@ -126,7 +137,7 @@ def pack(args: argparse.Namespace, call: Call, phases: list[Phase]) -> None:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add_call_arguments(parser)
-    parser.add_argument("--vae-minutes", type=float, default=6, help="of training, over all calls")
+    parser.add_argument("--vae-minutes", type=float, default=6, help="of training, over all calls; 0: the VAE of --start")
     parser.add_argument("--transformer-minutes", type=float, help="of training, over all calls; else until the "
                         "end of this one")
     parser.add_argument("--vae-rate", type=float, default=2e-3)
@@ -134,6 +145,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--start", type=Path, help="model folder to go on from: VAE, and transformer if there")
     parser.add_argument("--keep-latents", action="store_true", help="train the VAE's decoder alone, so that the "
                         "transformer of --start still fits")
+    parser.add_argument("--text", type=Path, help="a text encoder that has been taught before (train_text.py)")
     return parser.parse_args()
 
 

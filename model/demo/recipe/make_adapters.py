@@ -8,7 +8,7 @@ too; exit status 0 says that everything is done, 3 that another call is needed. 
 for the model folder, {sla,salad}/at-SHARE/attention/ (at shares of the steps, for the curves) and report.txt, after
 every call.  --table N adds what the quality table compares: SLA in tiles, and the linear branch alone; then N captions that
 training never saw are drawn with all of them, in PyTorch, from slalomd's noise, judged (tests/demo/quality.py), and --out
-gets table.md, curves/*.svg and clips.png.  --tiny makes everything very small and short, on a CPU too: a smoke run, whose adapters
+gets table.md and, of fewer captions but all sparsities and steps, curves.md.  --tiny makes everything very small and short, on a CPU too: a smoke run, whose adapters
 are good for nothing.
 """
 
@@ -44,10 +44,10 @@ class ClipSet:
 class Sizes:
     """Everything that --tiny changes."""
 
-    sets: tuple[ClipSet, ...] = (ClipSet(256, 33, 8_192, 16, (0, 1), 48, 4), ClipSet(384, 49, 3_072, 4, (2,), 12, 1))
+    sets: tuple[ClipSet, ...] = (ClipSet(256, 33, 6_144, 16, (0, 1), 48, 4), ClipSet(384, 49, 2_048, 4, (2,), 12, 1))
     seconds: int = 75  # of rendering and encoding
     compile: tuple[str, ...] = ("--compile",)
-    length: tuple[str, ...] = ()  # instead of the minutes
+    length: tuple[str, ...] = ()  # said last, so that it holds
     sampling: tuple[str, ...] = ("--batch", "50")
     least: float = 1.0  # factor on the seconds a phase needs at least
 
@@ -58,10 +58,12 @@ TINY = Sizes((ClipSet(32, 9, 4, 2, (0, 1), 2, 2), ClipSet(48, 13, 4, 2, (0,), 1,
 # 36 blocks of 64 tokens at 256x256x33: one critical block is a sparsity of 97.2 %, three are 91.7 %.
 SLA = ("--attention", "sla", "--topk", 0.05, "--negligible", 0.1, "--scope", "marginal")
 SALAD = ("--attention", "salad", "--topk", 0.1)
-KINDS = {"sla": SLA, "salad": SALAD}
-EXTRAS = {"tiled": (*SLA, "--tile", "4,4,4"), "linear": ("--attention", "sla", "--topk", 0, "--scope", "all")}
+KINDS = {"sla": SLA, "salad": SALAD, "tiled": (*SLA, "--tile", "4,4,4"),
+         "linear": ("--attention", "sla", "--topk", 0, "--scope", "all")}
+SHIPPED = ("sla", "salad")
+GPUS = {"sla": 0, "salad": 1, "tiled": 2, "linear": 2}
 TOPKS = (0.1, 0.25, 0.5)  # of the curve, beside the default
-SNAPSHOTS = (0.02, 0.06, 0.2, 0.5)  # of the steps
+SNAPSHOTS = (0.01, 0.05, 0.2, 0.5)  # of the steps
 TRAINING = ("--train", "lora", "--rank", 64, "--loss", "teacher", "--block-loss", 0.5, "--rate", 2e-3, "--base-rate",
             8e-4, "--warmup", 100, "--average", 0.998, "--save-seconds", 25, "--snapshots", *SNAPSHOTS)
 
@@ -89,12 +91,16 @@ def encoders(args: argparse.Namespace, clips: ClipSet, seconds: int, seed: int, 
         gpu=gpu, beside=True) for i, gpu in enumerate(gpus)]
 
 
+def prepared(args: argparse.Namespace, clips: ClipSet) -> Path:
+    return args.work / f"latents-{clips.size}-{clips.frames}.safetensors"
+
+
 def data_phases(args: argparse.Namespace, clips: ClipSet, seconds: int, seed: int, compiled: tuple[str, ...]) -> list[Phase]:
-    """The encoders, then latents and embedded captions in one file."""
-    found = encoders(args, clips, seconds, seed, compiled)
-    folder = args.work / f"latents-{clips.size}-{clips.frames}"
+    """The encoders, unless there are latents of make.py; then latents and embedded captions in one file."""
+    found = [] if args.latents else encoders(args, clips, seconds, seed, compiled)
+    folder = (args.latents or args.work) / f"latents-{clips.size}-{clips.frames}"
     return found + [Phase(f"prepare {clips.size}x{clips.frames}", finetune(
-        "prepare", "--model", MODEL, "--recipe-latents", folder, "--out", folder.with_suffix(".safetensors")), 25,
+        "prepare", "--model", MODEL, "--recipe-latents", folder, "--at-most", clips.clips, "--out", prepared(args, clips)), 25,
         tuple(phase.name for phase in found), clips.gpus[0], beside=True)]
 
 
@@ -120,9 +126,9 @@ def drawn(work: Path) -> list[Drawn]:
     found = [Drawn("dense", "", ("--attention", "dense"), 2), Drawn("sparse", "", untrained(0.05), 3),
              Drawn("sparse-salad", "", ("--attention", "salad", "--topk", 0.1), 3)]
     found += [Drawn(f"sparse-topk-{topk:g}", "", untrained(topk), 2 + i % 2, True) for i, topk in enumerate(TOPKS)]
-    found += [Drawn(kind, kind, adapter(kind), gpu) for gpu, kind in enumerate((*KINDS, *EXTRAS))]
-    found += [Drawn(f"{kind}-at-{share:g}", kind, adapter(kind, share), gpu, True)
-              for gpu, kind in enumerate(KINDS) for share in SNAPSHOTS]
+    found += [Drawn(kind, kind, adapter(kind), GPUS[kind]) for kind in KINDS]
+    found += [Drawn(f"{kind}-at-{share:g}", kind, adapter(kind, share), GPUS[kind], True)
+              for kind in SHIPPED for share in SNAPSHOTS]
     return found + [Drawn(f"sla-topk-{topk:g}", "sla", (*adapter("sla"), "--topk", topk), i % 2, True)
                     for i, topk in enumerate(TOPKS)]
 
@@ -137,12 +143,14 @@ def table_phases(args: argparse.Namespace, sizes: Sizes) -> list[Phase]:
             *one.options), 15, (one.after,) if one.after else (), one.gpu, beside=True))
     quality = [sys.executable, str(TESTS / "quality.py")]
     jobs = ("--jobs", str(args.jobs))
-    named = {curve: [f"{one.name}=clips@{work / 'drawn' / one.name}" for one in drawn(work) if curve or not one.curve]
-             for curve in (False, True)}
-    found.append(Phase("table", [*quality, str(work / "table"), *named[False], "--count", str(args.table), *jobs], 20,
-                       tuple(f"draw {one.name}" for one in drawn(work) if not one.curve), beside=True))
-    found.append(Phase("curves", [*quality, str(work / "curves"), *named[True], "--count", str(curve_count(args)), *jobs], 20,
-                       tuple(phase.name for phase in found), beside=True))
+    kinds = drawn(work)
+    for name, chosen, count in (
+            ("first table", [one for one in kinds if not one.curve and one.name not in ("tiled", "linear")], args.table),
+            ("table", [one for one in kinds if not one.curve], args.table), ("curves", kinds, curve_count(args))):
+        clips = [f"{one.name}=clips@{work / 'drawn' / one.name}" for one in chosen]
+        found.append(Phase(name, [*quality, str(work / name.replace(" ", "-")), *clips, "--count", str(count), *jobs], 15,
+                           tuple(f"draw {one.name}" for one in chosen), beside=True,
+                           environment={"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}))
     return found
 
 
@@ -154,13 +162,13 @@ def phases_of(args: argparse.Namespace) -> list[Phase]:
     sizes, work = TINY if args.tiny else Sizes(), args.work
     found = [phase for clips in sizes.sets for phase in data_phases(args, clips, sizes.seconds, 77, sizes.compile)]
     ready = tuple(phase.name for phase in found if phase.name.startswith("prepare"))
-    data = [work / f"latents-{clips.size}-{clips.frames}.safetensors" for clips in sizes.sets]
-    plan = ("--data", *data, "--batch", *(clips.batch for clips in sizes.sets), "--turns", *(clips.turns for clips in sizes.sets))
-    length = sizes.length or ("--minutes", args.adapter_minutes)
-    for gpu, (name, options) in enumerate((KINDS | (EXTRAS if args.table else {})).items()):
+    plan = ("--data", *(prepared(args, clips) for clips in sizes.sets), "--batch", *(clips.batch for clips in sizes.sets), "--turns", *(clips.turns for clips in sizes.sets))
+    length = ("--steps", args.steps) if args.steps else ("--minutes", args.adapter_minutes)
+    for name in KINDS if args.table else args.kinds:
         found.append(Phase(name, finetune(
-            "train", "--model", MODEL, "--work", work / name, "--out", work / name / "out", *plan, *options, *TRAINING,
-            *sizes.compile, *length), 60, ready, gpu))
+            "train", "--model", MODEL, "--work", work / name, "--out", work / name / "out", *plan, *KINDS[name], *TRAINING,
+            *sizes.compile, *length, *sizes.length), 60, ready, GPUS[name], name not in SHIPPED,
+            environment={"SLALOM_ATTENTION_LIBRARY": "none"} if name in args.plain else {}))
     if args.table:
         found += table_phases(args, sizes)
     for phase in found:
@@ -175,12 +183,15 @@ def pack(args: argparse.Namespace, call: Call, phases: list[Phase]) -> None:
         made = args.work / phase.name / "out"
         for file in sorted(made.glob("**/attention/*.safetensors")):
             step = file.parents[1].relative_to(made)
-            shipped = str(step) == "." and phase.name in KINDS
+            shipped = str(step) == "." and phase.name in SHIPPED
             folder = args.out / ("." if shipped else Path(phase.name) / step) / "attention"
             folder.mkdir(parents=True, exist_ok=True)
             shutil.copy(file, folder)
         if (args.work / phase.name / "log.jsonl").exists():
             shutil.copy(args.work / phase.name / "log.jsonl", args.out / f"losses-{phase.name}.jsonl")
+    for name in ("first-table", "table", "curves"):
+        for file in (args.work / name).glob("table.*"):
+            shutil.copy(file, args.out / f"{name}{file.suffix}")
     (args.out / "report.txt").write_text(call.report(phases))
 
 
@@ -188,6 +199,10 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add_call_arguments(parser)
     parser.add_argument("--adapter-minutes", type=float, default=3.5, help="of training, for each adapter")
+    parser.add_argument("--steps", type=int, help="of each adapter, instead of the minutes")
+    parser.add_argument("--latents", type=Path, help="make.py's --work, whose latents do as well")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=SHIPPED)
+    parser.add_argument("--plain", nargs="*", default=[], help="adapters trained without the attention library")
     parser.add_argument("--table", type=int, default=0, metavar="N", help="captions of the quality table")
     parser.add_argument("--jobs", type=int, default=4, help="processes that judge clips")
     return parser.parse_args()

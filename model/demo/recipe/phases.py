@@ -38,6 +38,7 @@ class Phase:
     beside: bool = False  # with several GPUs: does not wait for what runs on its GPU
     tail: float = 0.0  # seconds it leaves to those after it
     outputs: list[Path] = field(default_factory=list)  # copied to --out after each call, if they exist
+    environment: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass
@@ -85,7 +86,7 @@ class Call:
     def _start(self, phase: Phase) -> None:
         caches = {name: str(self.work / "cache" / name.lower()) for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")}
         paths = os.pathsep.join(filter(None, (str(FINETUNE), os.environ.get("PYTHONPATH"))))
-        environment = {**os.environ, **caches, "PYTHONUNBUFFERED": "1", "PYTHONPATH": paths}
+        environment = {**caches, **os.environ, "PYTHONUNBUFFERED": "1", "PYTHONPATH": paths, **phase.environment}
         if self.gpus:
             environment["CUDA_VISIBLE_DEVICES"] = self.gpus[self._gpu(phase)]
         log = self.work / "log" / f"{phase.name}.log"

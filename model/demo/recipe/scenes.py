@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 # sRGB colours.  Floors use muted relatives of the object colours.
 COLORS: dict[str, tuple[float, float, float]] = {
@@ -126,6 +126,22 @@ def draw_scene(rng: random.Random, held_out: bool = False) -> Scene:
             rolls=can_roll and rng.random() < 0.7)
         if is_held_out(scene) == held_out:
             return scene
+
+
+MIRRORED = {"right": "left", "left": "right", "hop_right": "hop_left", "hop_left": "hop_right", "toward": "away",
+            "away": "toward"}
+
+
+def twin(scene: Scene, rng: random.Random) -> Scene:
+    """A training scene whose captions have the same words in another order, where there is one: object and floor trade
+    their colours, left and right trade places, or both.  Else another scene."""
+    swapped = [scene]
+    if scene.color != scene.floor and scene.color in FLOOR_COLORS and scene.floor in COLORS:
+        swapped.append(replace(scene, color=scene.floor, floor=scene.color))
+    if scene.motion in MIRRORED:
+        swapped += [replace(one, motion=MIRRORED[scene.motion]) for one in swapped]
+    allowed = [one for one in swapped[1:] if not is_held_out(one)]
+    return rng.choice(allowed) if allowed else draw_scene(rng)
 
 
 def _article(words: str) -> str:

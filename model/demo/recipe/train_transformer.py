@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from export import load_denoiser, save_denoiser
@@ -29,6 +30,7 @@ from training import UNFINISHED, Average, Checkpoint, Deadline, Muon, Schedule, 
 from transformer import Rope, WanTransformer
 
 DROP_TEXT = 0.1
+TEXT_SHARE = 0.1  # of the rate: the text encoder has been taught before (train_text.py) and only adapts
 
 
 class Denoiser(nn.Module):
@@ -42,13 +44,15 @@ class Denoiser(nn.Module):
         self.register_buffer("std", torch.ones(16))
 
     def loss(self, latents: Tensor, ids: Tensor, rope: Rope) -> Tensor:
-        """latents [B, 16, f, h, w] as encoded, ids [B, tokens]."""
+        """latents [B, 16, f, h, w] as encoded, ids [B, tokens]; neighbours are twins and share noise and time, so that
+        what differs between them is what their captions say."""
         b = latents.shape[0]
+        pairs = -(-b // 2)
         x0 = (latents.float() - self.mean.view(1, -1, 1, 1, 1)) / self.std.view(1, -1, 1, 1, 1)
         empty = F.pad(torch.ones_like(ids[:, :1]), (0, ids.shape[1] - 1))
         ids = torch.where(torch.rand(b, 1, device=ids.device) < DROP_TEXT, empty, ids)
-        sigma = shifted(torch.sigmoid(torch.randn(b, device=ids.device)))
-        noise = torch.randn_like(x0)
+        sigma = shifted(torch.sigmoid(torch.randn(pairs, device=ids.device))).repeat_interleave(2)[:b]
+        noise = torch.randn_like(x0[:pairs]).repeat_interleave(2, 0)[:b]
         mix = sigma.view(-1, 1, 1, 1, 1)
         mask = (ids > 0).float()
         with torch.autocast(ids.device.type, torch.bfloat16):
@@ -77,6 +81,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--total-minutes", type=float, help="of training, over all runs; else until the deadline")
     parser.add_argument("--deadline-seconds", type=float, help="when this process ends, everything included")
     parser.add_argument("--start", type=Path, help="model folder with first weights")
+    parser.add_argument("--text", type=Path, help="the text encoder's first weights (train_text.py)")
     parser.add_argument("--ship", type=Path, help="model folder that gets averaged bf16 weights with each save")
     parser.add_argument("--rate", type=float, default=1.5e-3)
     parser.add_argument("--muon", action=argparse.BooleanOptionalAction, default=True)
@@ -88,15 +93,20 @@ def parse() -> argparse.Namespace:
 def optimizers_of(denoiser: Denoiser, args: argparse.Namespace) -> list[torch.optim.Optimizer]:
     """Muon for the matrices inside the transformer's blocks, AdamW for everything else."""
     inner = {p for n, p in denoiser.transformer.blocks.named_parameters() if p.dim() == 2} if args.muon else set()
-    others = [p for p in denoiser.parameters() if p not in inner]
+    text = list(denoiser.text.parameters())
+    others = [p for n, p in denoiser.named_parameters() if p not in inner and not n.startswith("text.")]
     matrices = [p for p in denoiser.transformer.blocks.parameters() if p in inner]
-    found: list[torch.optim.Optimizer] = [adamw(others, args.rate, 0.01, (0.9, 0.98))]
+    found: list[torch.optim.Optimizer] = [adamw(others, args.rate, 0.01, (0.9, 0.98)),
+                                          adamw(text, args.rate, 0.0, (0.9, 0.98), TEXT_SHARE)]
     return found + [Muon(matrices, args.rate, 0.02)] if matrices else found
 
 
 def first_weights(denoiser: Denoiser, args: argparse.Namespace, latents: Tensor) -> None:
     if args.start:
         denoiser.load_state_dict(load_denoiser(args.start))
+    if args.text:
+        denoiser.text.load_state_dict(load_file(args.text))
+    if args.start:
         return
     for name, value in zip(("mean", "std"), statistics(latents[:2048])):
         getattr(denoiser, name).copy_(value)

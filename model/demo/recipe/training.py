@@ -132,19 +132,21 @@ class Muon(torch.optim.Optimizer):
                 torch._foreach_add_(params, [u.view(p.shape) for u, p in zip(update, params)], alpha=-group["lr"])
 
 
-def adamw(params: Iterable[nn.Parameter], rate: float, decay: float, betas: tuple[float, float]) -> torch.optim.AdamW:
-    """AdamW with weight decay on matrices alone."""
+def adamw(params: Iterable[nn.Parameter], rate: float, decay: float, betas: tuple[float, float],
+          share: float = 1.0) -> torch.optim.AdamW:
+    """AdamW with weight decay on matrices alone, at a share of the common rate."""
     params = list(params)
     matrices = [p for p in params if p.dim() >= 2 and p.shape[1:].numel() > 1]
     vectors = [p for p in params if not (p.dim() >= 2 and p.shape[1:].numel() > 1)]
-    groups = [{"params": matrices, "weight_decay": decay}, {"params": vectors, "weight_decay": 0.0}]
+    groups = [{"params": matrices, "weight_decay": decay, "share": share},
+              {"params": vectors, "weight_decay": 0.0, "share": share}]
     return torch.optim.AdamW(groups, lr=rate, betas=betas, fused=params[0].is_cuda)
 
 
 def set_rate(optimizers: list[torch.optim.Optimizer], rate: float) -> None:
     for opt in optimizers:
         for group in opt.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group.get("share", 1.0)
 
 
 class Checkpoint:

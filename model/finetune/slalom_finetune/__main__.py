@@ -41,7 +41,8 @@ def _add_prepare(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--model", type=Path, required=True, help="Wan2.1 folder in the diffusers layout")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--clips", type=Path, help='JSON list of {"file", "caption"}')
-    source.add_argument("--recipe-latents", type=Path, help="file of model/demo/recipe/latents.py")
+    source.add_argument("--recipe-latents", type=Path, help="folder of model/demo/recipe/latents.py")
+    parser.add_argument("--at-most", type=int, default=1 << 40, help="clips of --recipe-latents")
     parser.add_argument("--frames", type=int, default=81)
     parser.add_argument("--size", type=_sizes, default=(832, 480), help="WIDTHxHEIGHT")
     parser.add_argument("--out", type=Path, required=True)
@@ -166,7 +167,7 @@ def main() -> int:
         Deadline(args.deadline_seconds)
         device = _device(args.device)
         width, height = args.size
-        made = (from_recipe(args.model, args.recipe_latents, device) if args.recipe_latents
+        made = (from_recipe(args.model, args.recipe_latents, device, args.at_most) if args.recipe_latents
                 else prepare(args.model, args.clips, args.frames, height, width, device))
         made.save(args.out)
         print(f"{len(made.latents)} clips of latent size {tuple(made.latents.shape[1:])} in {args.out}")

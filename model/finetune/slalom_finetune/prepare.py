@@ -73,9 +73,14 @@ def prepare(model: Path, clips: Path, frames: int, height: int, width: int, devi
 
 
 @torch.no_grad()
-def from_recipe(model: Path, latents: Path, device: torch.device) -> LatentSet:
+def from_recipe(model: Path, latents: Path, device: torch.device, at_most: int = 1 << 40) -> LatentSet:
     """What model/demo/recipe/latents.py wrote: parts with latents [n, 16, f, h, w] as encoded, ids [n, captions, tokens]."""
-    parts = [torch.load(part, map_location="cpu", weights_only=True) for part in sorted(latents.glob("*.pt"))]
+    parts, count = [], 0
+    for file in sorted(latents.glob("*.pt")):
+        if count < at_most:
+            stored = torch.load(file, map_location="cpu", weights_only=True)
+            parts.append({name: values[:at_most - count] for name, values in stored.items()})
+            count += len(parts[-1]["ids"])
     if not parts:
         raise ValueError(f"{latents}: no parts, {latents}/*.pt")
     vae, encoder = WanVae.load(model / "vae"), TextEncoder.load(model / "text_encoder").to(device)
