@@ -52,8 +52,8 @@ class Sizes:
 
     vae: tuple[str, ...] = ("--compile",)
     text: tuple[str, ...] = ()
-    sets: tuple[ClipSet, ...] = (ClipSet(256, 33, 32_768, 16, (60, 300, 300), (0, 1, 2), 48, 4),
-                                ClipSet(384, 49, 12_288, 4, (300,), (3,), 12, 1))
+    sets: tuple[ClipSet, ...] = (ClipSet(256, 33, 24_576, 16, (60, 300, 300), (0, 1, 2), 48, 4),
+                                ClipSet(384, 49, 6_144, 4, (300,), (3,), 12, 1))
     compile: tuple[str, ...] = ("--compile",)
     evaluation: tuple[tuple[int, int, int], ...] = ((256, 33, 128), (384, 49, 32))  # size, frames, captions
     sampling: tuple[str, ...] = ("--steps", "20")
