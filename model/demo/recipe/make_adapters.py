@@ -112,7 +112,7 @@ class Drawn:
     after: str  # the phase it waits for
     options: tuple
     gpu: int
-    curve: bool = False  # fewer captions
+    curve: bool = False  # fewer captions; drawn after what the table needs
 
 
 def drawn(work: Path) -> list[Drawn]:
@@ -123,13 +123,13 @@ def drawn(work: Path) -> list[Drawn]:
     def untrained(topk: float) -> tuple:
         return ("--attention", "sla", "--topk", topk)
 
-    found = [Drawn("dense", "", ("--attention", "dense"), 2), Drawn("sparse", "", untrained(0.05), 3),
-             Drawn("sparse-salad", "", ("--attention", "salad", "--topk", 0.1), 3)]
-    found += [Drawn(f"sparse-topk-{topk:g}", "", untrained(topk), 2 + i % 2, True) for i, topk in enumerate(TOPKS)]
+    found = [Drawn("dense", "", ("--attention", "dense"), 2), Drawn("sparse", "", untrained(0.05), 1),
+             Drawn("sparse-salad", "", ("--attention", "salad", "--topk", 0.1), 2)]
+    found += [Drawn(f"sparse-topk-{topk:g}", "draw sparse", untrained(topk), 2, True) for topk in TOPKS]
     found += [Drawn(kind, kind, adapter(kind), GPUS[kind]) for kind in KINDS]
-    found += [Drawn(f"{kind}-at-{share:g}", kind, adapter(kind, share), GPUS[kind], True)
+    found += [Drawn(f"{kind}-at-{share:g}", f"draw {kind}", adapter(kind, share), GPUS[kind], True)
               for kind in SHIPPED for share in SNAPSHOTS]
-    return found + [Drawn(f"sla-topk-{topk:g}", "sla", (*adapter("sla"), "--topk", topk), i % 2, True)
+    return found + [Drawn(f"sla-topk-{topk:g}", "draw sla", (*adapter("sla"), "--topk", topk), i % 2, True)
                     for i, topk in enumerate(TOPKS)]
 
 

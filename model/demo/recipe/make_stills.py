@@ -101,8 +101,8 @@ def main() -> int:
     add_call_arguments(parser)
     parser.add_argument("--adapter-minutes", type=float, default=1.5, help="of each of the three trainings")
     parser.add_argument("--count", type=int, default=256, help="captions")
+    parser.add_argument("--latents", type=Path, help="a folder with latents-256-1 of latents.py, instead of new ones")
     args = parser.parse_args()
-    args.latents = None
     args.work = args.work.resolve()
     call, phases = Call(args.work, args.minutes, args.gpus), phases_of(args)
     write_captions(args.work / "captions.json", 4 if args.tiny else args.count, ".png")
