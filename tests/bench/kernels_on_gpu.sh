@@ -131,7 +131,7 @@ rung attention-row     $attention 'AttentionKernels.Row' 40
 rung attention-product $attention 'AttentionKernels.Product' 40
 rung attention-mma     $attention 'AttentionKernels.TensorCore*' 40
 for step in OneTile HalfATile RaggedTile TwoTiles RingWrapsAround HeadsAndSamples ListsOfOneConsumer \
-  ListsOfTwoConsumers; do
+  ListsOfTwoConsumers ManyTiles; do
   rung "hopper-$step" $attention "HopperAttentionSteps.$step" 15
 done
 rung hopper-all        $attention 'AttentionKernels.Hopper' 40
@@ -147,7 +147,7 @@ for step in OneTile Features ManyChunksOfKeys RingWrapsAround Scopes; do
   rung "linear-$step" $attention "LinearBranchKernels.$step" 20
 done
 for step in OneTile OneTileProjected NoCriticalBlock EveryBlockCritical FeatureMaps \
-  LengthsScopesAndBlocks FusedRepeats; do
+  LengthsScopesAndBlocks ManyTiles FusedRepeats; do
   rung "sla-$step" $attention "SlaKernels.$step" 30
 done
 rung sla               $operations '*AttentionTest.Sla*' 60

@@ -8,7 +8,7 @@ using namespace hopper_attention;
 
 template <class Tile>
 void Run(const Context& context, const AttentionProblem& problem) {
-  Launch<Tile>(context, MakeMaps(problem), MakeParameters(problem), problem.heads, problem.batch);
+  Launch<Tile>(context, MakeMaps(problem), MakeParameters(problem), problem.heads * problem.batch);
 }
 
 }  // namespace

@@ -9,6 +9,8 @@
 
 #include <cuda.h>
 
+#include <algorithm>
+
 #include "kernels/cuda/attention/features.cuh"
 #include "kernels/cuda/attention/key_blocks.cuh"
 #include "kernels/cuda/attention/online_softmax.cuh"
@@ -62,12 +64,21 @@ struct Tiling {
   static_assert(kParts <= kStages, "all parts of a matrix are multiplied at once");
 };
 
+// Which queries a block of threads works on, from its producer to its consumers.
+struct QueryTile {
+  int first_row, head, sample;
+  int state;      // of the linear branch
+  int units;      // of kKeyBlock keys
+  int last_keys;  // of the last unit
+};
+
 template <class Tile>
 struct alignas(1024) SharedStorage {
   bf16 q[Tile::kGroups][Tile::kPanels][kRowsPerGroup][kPanel];
   bf16 k[Tile::kStages][Tile::kPanels][Tile::kKeys][kPanel];
   bf16 v[Tile::kStages][Tile::kPanels][Tile::kKeys][kPanel];
-  std::uint64_t q_full;
+  QueryTile tile;  // comes and goes with q
+  std::uint64_t q_full, q_empty;
   std::uint64_t k_full[Tile::kStages], k_empty[Tile::kStages];
   std::uint64_t v_full[Tile::kStages], v_empty[Tile::kStages];
 };
@@ -95,15 +106,17 @@ struct Parameters {
   int q_length;
   int k_length;
   float scale;
-  int first_head;  // of all samples' heads, for block (., 0, 0)
+  int first_head;  // of all samples' heads, where this launch begins
   LinearParameters linear;
+  int tiles_per_head = 0;  // of queries
+  int tiles = 0;           // of all heads
 };
 
 // Tiles are taken from the last to the first, so that the only tile with missing keys comes first
 // and the loop over the others has no mask.
 template <class Tile>
-__device__ int TileCount(const KeyBlocks& keys) {
-  return (keys.count + Tile::kUnits - 1) / Tile::kUnits;
+__device__ int TileCount(int units) {
+  return (units + Tile::kUnits - 1) / Tile::kUnits;
 }
 
 template <class Tile>
@@ -137,38 +150,72 @@ __device__ void CopyMatrix(const CUtensorMap* map, SharedStorage<Tile>& shared,
   }
 }
 
+// Brings the tiles of queries, keys and values, and the linear branch's matrices, as far ahead of
+// the consumers as there are stages: those of the next query tile while they finish this one.
 template <class Tile>
-__device__ void Produce(const TensorMaps& maps, SharedStorage<Tile>& shared, const KeyBlocks& keys,
-                        int first_row, int head, int sample, int state) {
-  BarrierExpect(&shared.q_full, Tile::kRows * Tile::kHeadSize * 2);
-  for (int group = 0; group < Tile::kGroups; ++group) {
-    for (int panel = 0; panel < Tile::kPanels; ++panel) {
-      CopyBox(&maps.q, &shared.q_full, shared.q[group][panel], panel * kPanel, head,
-              first_row + group * kRowsPerGroup, sample);
+struct Producer {
+  const TensorMaps& maps;
+  const Parameters& parameters;
+  SharedStorage<Tile>& shared;
+  Ring<1> q_ring = {};
+  Ring<Tile::kStages> k_ring = {}, v_ring = {};
+
+  // Everything for query tile `index` of this launch.
+  __device__ void Bring(int index) {
+    const Parameters& p = parameters;
+    const int launched_head = index / p.tiles_per_head;
+    const int head_index = p.first_head + launched_head;
+    const int first_row = index % p.tiles_per_head * Tile::kRows;
+    const int states = p.linear.states_per_head;
+    const KeyBlocks keys = KeyBlocksOfTile(p.list, p.k_length, head_index, first_row);
+    const QueryTile tile{first_row,
+                         head_index % p.heads,
+                         head_index / p.heads,
+                         launched_head * states + (states == 1 ? 0 : first_row / p.linear.block_q),
+                         keys.count,
+                         keys.count > 0 ? keys.Keys(keys.count - 1) : 0};
+    BringQueries(tile);
+    for (int i = TileCount<Tile>(keys.count) - 1; i >= 0; --i) BringKeys(tile, keys, i);
+    if constexpr (Tile::kMixing != Mixing::kNone) {
+      CopyMatrix<Tile>(&maps.state, shared, v_ring, tile.state);
+    }
+    if constexpr (Tile::kMixing == Mixing::kProjected) {
+      CopyMatrix<Tile>(&maps.weight, shared, v_ring, 0);
     }
   }
-  Ring<Tile::kStages> ring;
-  for (int tile = TileCount<Tile>(keys) - 1; tile >= 0; --tile, ring.Next()) {
+
+  __device__ void BringQueries(const QueryTile& tile) {
+    BarrierWait(&shared.q_empty, q_ring.parity ^ 1);
+    q_ring.Next();
+    shared.tile = tile;
+    BarrierExpect(&shared.q_full, Tile::kRows * Tile::kHeadSize * 2);
+    for (int group = 0; group < Tile::kGroups; ++group) {
+      for (int panel = 0; panel < Tile::kPanels; ++panel) {
+        CopyBox(&maps.q, &shared.q_full, shared.q[group][panel], panel * kPanel, tile.head,
+                tile.first_row + group * kRowsPerGroup, tile.sample);
+      }
+    }
+  }
+
+  __device__ void BringKeys(const QueryTile& tile, const KeyBlocks& keys, int index) {
     int starts[Tile::kUnits];
 #pragma unroll
     for (int unit = 0; unit < Tile::kUnits; ++unit) {
       // A unit that is not there is filled with one that is: its probabilities are zero, and zero
       // times whatever shared memory held before need not be zero.
-      const int i = tile * Tile::kUnits + unit;
+      const int i = index * Tile::kUnits + unit;
       starts[unit] = keys.Start(i < keys.count ? i : keys.count - 1);
     }
-    BarrierWait(&shared.k_empty[ring.stage], ring.parity ^ 1);
-    CopyTile<Tile>(&maps.k, &shared.k_full[ring.stage], shared.k[ring.stage], starts, head, sample);
-    BarrierWait(&shared.v_empty[ring.stage], ring.parity ^ 1);
-    CopyTile<Tile>(&maps.v, &shared.v_full[ring.stage], shared.v[ring.stage], starts, head, sample);
+    BarrierWait(&shared.k_empty[k_ring.stage], k_ring.parity ^ 1);
+    CopyTile<Tile>(&maps.k, &shared.k_full[k_ring.stage], shared.k[k_ring.stage], starts, tile.head,
+                   tile.sample);
+    k_ring.Next();
+    BarrierWait(&shared.v_empty[v_ring.stage], v_ring.parity ^ 1);
+    CopyTile<Tile>(&maps.v, &shared.v_full[v_ring.stage], shared.v[v_ring.stage], starts, tile.head,
+                   tile.sample);
+    v_ring.Next();
   }
-  if constexpr (Tile::kMixing != Mixing::kNone) {
-    CopyMatrix<Tile>(&maps.state, shared, ring, state);
-  }
-  if constexpr (Tile::kMixing == Mixing::kProjected) {
-    CopyMatrix<Tile>(&maps.weight, shared, ring, 0);
-  }
-}
+};
 
 // One consumer warpgroup at work on its 64 query rows.
 template <class Tile>
@@ -178,12 +225,16 @@ struct Consumer {
 
   SharedStorage<Tile>& shared;
   int group;
+  Ring<1> q_ring;
   Ring<Tile::kStages> k_ring, v_ring;
   std::uint32_t query[Tile::kHeadSize / 16][4];
 
-  // Q moves to registers, as A fragments: products then read half as much of shared memory.
-  __device__ void LoadQuery() {
-    BarrierWait(&shared.q_full, 0);
+  // Waits for the next query tile. Q moves to registers, as A fragments: products then read half as
+  // much of shared memory, which is free for the tile after.
+  __device__ QueryTile LoadQuery() {
+    BarrierWait(&shared.q_full, q_ring.parity);
+    q_ring.Next();
+    const QueryTile tile = shared.tile;
     const int lane = threadIdx.x % 32;
     const int row = threadIdx.x % kWarpgroup / 32 * 16 + lane % 16;
 #pragma unroll
@@ -191,6 +242,9 @@ struct Consumer {
       LoadMatrices(query[step], SharedAddress(shared.q[group][step / 4]) +
                                     SwizzledOffset<kPanel / 8>(row, step % 4 * 2 + lane / 16));
     }
+    __syncwarp();
+    if (lane == 0) BarrierArrive(&shared.q_empty);
+    return tile;
   }
 
   // scores = Q K^T of the tile that is next in the K ring; committed, not waited for.
@@ -334,11 +388,14 @@ struct Consumer {
     if constexpr (Tile::kGroups == 2) NamedBarrierArrive(kTurnBarrier + 1 - group, 2 * kWarpgroup);
   }
 
-  __device__ static void MaskTile(float (&scores)[kScores], const KeyBlocks& keys, int tile) {
+  // For the tile that holds the last unit of keys, and maybe one beyond it.
+  __device__ static void MaskTile(float (&scores)[kScores], const QueryTile& query) {
     const int column = 2 * (threadIdx.x % 4);
+    const int first = (TileCount<Tile>(query.units) - 1) * Tile::kUnits;
 #pragma unroll
     for (int unit = 0; unit < Tile::kUnits; ++unit) {
-      const int valid = keys.Keys(tile * Tile::kUnits + unit);
+      const int beyond = first + unit - (query.units - 1);  // the last unit
+      const int valid = beyond < 0 ? kKeyBlock : beyond == 0 ? query.last_keys : 0;
       if (valid == kKeyBlock) continue;
 #pragma unroll
       for (int j = 0; j < kKeyBlock / 8; ++j) {
@@ -364,9 +421,9 @@ struct Consumer {
 
   // `last` is what to do once the scores are all there, while the last product with V runs.
   template <class Last>
-  __device__ void Run(const KeyBlocks& keys, OnlineSoftmax& softmax, float (&output)[kOutputs],
+  __device__ void Run(const QueryTile& query, OnlineSoftmax& softmax, float (&output)[kOutputs],
                       const Last& last) {
-    const int tiles = TileCount<Tile>(keys);
+    const int tiles = TileCount<Tile>(query.units);
     float scores[kScores];
     std::uint32_t probabilities[kScores / 8][4];
     float correction[2];
@@ -376,7 +433,7 @@ struct Consumer {
     WgmmaWait<0>();
     HoldRegisters(scores);
     ReleaseK();
-    MaskTile(scores, keys, tiles - 1);
+    MaskTile(scores, query);
     softmax.Update(scores, correction);
     // The product with V ends at the head of the next round, not at the end of its own: within one
     // round the assembler would move the wait in front of the softmax, which is to hide behind it.
@@ -448,28 +505,24 @@ __device__ void StoreOutput(const Parameters& parameters, const OnlineSoftmax& s
   StoreRows(output, rows[0], rows[1]);
 }
 
-// A consumer warpgroup from its first to its last instruction. `state` is the linear branch's.
+// A consumer warpgroup at work on its next query tile.
 template <class Tile>
-__device__ void Consume(const Parameters& parameters, SharedStorage<Tile>& shared,
-                        const KeyBlocks& keys, int group, int first_row, int head, int sample,
-                        const bf16* state) {
+__device__ void Consume(const Parameters& parameters, Consumer<Tile>& consumer) {
   constexpr bool kMixes = Tile::kMixing != Mixing::kNone;
-  const bool any_keys = keys.count > 0;
+  constexpr int kStateSize = (Tile::kHeadSize + 1) * Tile::kHeadSize;
   OnlineSoftmax softmax(parameters.scale);
   float output[Tile::kHeadSize / 2] = {};
-  Consumer<Tile> consumer{shared, group, {}, {}, {}};
+  const QueryTile tile = consumer.LoadQuery();
+  const bool any_keys = tile.units > 0;
   const auto map_query = [&] {
     if constexpr (kMixes) {
+      const bf16* state = parameters.linear.states + std::int64_t{tile.state} * kStateSize;
       consumer.MapQuery(parameters.linear.feature, state + Tile::kHeadSize * Tile::kHeadSize);
     }
   };
   if (any_keys) {
-    if (group == 1) consumer.PassTurn();  // the first turn is the other's
-    consumer.LoadQuery();
-    consumer.Run(keys, softmax, output, map_query);
-    if (group == 0) consumer.AwaitTurn();  // takes the last turn that was passed to it
-  } else if constexpr (kMixes) {
-    consumer.LoadQuery();
+    consumer.Run(tile, softmax, output, map_query);
+  } else {
     map_query();
   }
   Normalise(softmax, any_keys, output);
@@ -478,32 +531,20 @@ __device__ void Consume(const Parameters& parameters, SharedStorage<Tile>& share
     AddBias(parameters.linear.bias, output);
   }
   const int thread = static_cast<int>(threadIdx.x) % kWarpgroup;
-  const int row = first_row + group * kRowsPerGroup + thread / 32 * 16 + thread % 32 / 4;
-  StoreOutput<Tile>(parameters, softmax, output, any_keys, row, head, sample);
+  const int row =
+      tile.first_row + consumer.group * kRowsPerGroup + thread / 32 * 16 + thread % 32 / 4;
+  StoreOutput<Tile>(parameters, softmax, output, any_keys, row, tile.head, tile.sample);
 }
 
-// One block per query tile; neighbouring blocks work on the same head, whose K and V then stay in
-// the L2 cache.
 template <class Tile>
 __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerSm)
-    HopperAttentionKernel(const __grid_constant__ TensorMaps maps, const Parameters parameters) {
+    HopperAttentionKernel(const __grid_constant__ TensorMaps maps,
+                          const __grid_constant__ Parameters parameters) {
   extern __shared__ __align__(1024) std::byte dynamic_shared[];
   auto& shared = *reinterpret_cast<SharedStorage<Tile>*>(dynamic_shared);
-  constexpr bool kMixes = Tile::kMixing != Mixing::kNone;
-  const int first_row = blockIdx.x * Tile::kRows;
-  const int launched_head = blockIdx.z * gridDim.y + blockIdx.y;
-  const int head_index = parameters.first_head + launched_head;
-  const int head = head_index % parameters.heads;
-  const int sample = head_index / parameters.heads;
-  const KeyBlocks keys =
-      KeyBlocksOfTile(parameters.list, parameters.k_length, head_index, first_row);
-  const int states = parameters.linear.states_per_head;
-  const int state_index =
-      kMixes ? launched_head * states + (states == 1 ? 0 : first_row / parameters.linear.block_q)
-             : 0;
-
   if (threadIdx.x == 0) {
     BarrierInit(&shared.q_full, 1);
+    BarrierInit(&shared.q_empty, Tile::kGroups * kWarpgroup / 32);
     for (int stage = 0; stage < Tile::kStages; ++stage) {
       BarrierInit(&shared.k_full[stage], 1);
       BarrierInit(&shared.v_full[stage], 1);
@@ -514,24 +555,30 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerSm)
   }
   __syncthreads();
 
+  // Every gridDim.x-th tile: blocks at work at the same time share heads, whose K and V then stay
+  // in the L2 cache.
+  const int step = static_cast<int>(gridDim.x);
   const int warpgroup = static_cast<int>(threadIdx.x) / kWarpgroup;
   if (warpgroup == 0) {
     LowerRegisters<Tile::kProducerRegisters>();
-    if (threadIdx.x == 0 && (kMixes || keys.count > 0)) {
-      Produce<Tile>(maps, shared, keys, first_row, head, sample, state_index);
+    if (threadIdx.x == 0) {
+      Producer<Tile> producer{maps, parameters, shared};
+      for (int i = blockIdx.x; i < parameters.tiles; i += step) producer.Bring(i);
     }
   } else {
     RaiseRegisters<Tile::kConsumerRegisters>();
-    constexpr int kStateSize = (Tile::kHeadSize + 1) * Tile::kHeadSize;
-    Consume<Tile>(parameters, shared, keys, warpgroup - 1, first_row, head, sample,
-                  parameters.linear.states + std::int64_t{state_index} * kStateSize);
+    Consumer<Tile> consumer{shared, warpgroup - 1, {}, {}, {}, {}};
+    if (warpgroup == 2) consumer.PassTurn();  // the first turn is the other's
+#pragma unroll 1
+    for (int i = blockIdx.x; i < parameters.tiles; i += step) Consume<Tile>(parameters, consumer);
+    if (warpgroup == 1) consumer.AwaitTurn();  // takes the last turn that was passed to it
   }
 }
 
-// heads * samples of all samples' heads, from parameters.first_head on.
+// `heads` of all samples' heads, from parameters.first_head on.
 template <class Tile>
-void Launch(const Context& context, const TensorMaps& maps, const Parameters& parameters,
-            std::int64_t heads, std::int64_t samples) {
+void Launch(const Context& context, const TensorMaps& maps, Parameters parameters,
+            std::int64_t heads) {
   constexpr std::size_t kSharedBytes = sizeof(SharedStorage<Tile>);
   // A multiprocessor has 228 KiB, of which every block takes one for itself.
   static_assert(Tile::kBlocksPerSm * (kSharedBytes + 1024) <= 228 * 1024);
@@ -539,10 +586,11 @@ void Launch(const Context& context, const TensorMaps& maps, const Parameters& pa
   Check(cudaFuncSetAttribute(HopperAttentionKernel<Tile>,
                              cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes),
         "HopperAttention: shared memory");
-  const dim3 grid(static_cast<unsigned>((parameters.q_length + Tile::kRows - 1) / Tile::kRows),
-                  static_cast<unsigned>(heads), static_cast<unsigned>(samples));
+  parameters.tiles_per_head = (parameters.q_length + Tile::kRows - 1) / Tile::kRows;
+  parameters.tiles = parameters.tiles_per_head * static_cast<int>(heads);
+  const int blocks = std::min(parameters.tiles, context.sm_count * Tile::kBlocksPerSm);
   HopperAttentionKernel<Tile>
-      <<<grid, Tile::kThreads, kSharedBytes, context.stream>>>(maps, parameters);
+      <<<blocks, Tile::kThreads, kSharedBytes, context.stream>>>(maps, parameters);
   CheckLaunch("HopperAttention");
 }
 

@@ -27,9 +27,9 @@ void Run(const Context& context, const AttentionProblem& problem, const LinearSt
                        problem.list.block_q, bias};
   if (states.weight.defined()) {
     maps.weight = MatricesMap(states.weight, kD, kD, 1);
-    Launch<Tiling<kD, kConsumers, Mixing::kProjected>>(context, maps, parameters, states.heads, 1);
+    Launch<Tiling<kD, kConsumers, Mixing::kProjected>>(context, maps, parameters, states.heads);
   } else {
-    Launch<Tiling<kD, kConsumers, Mixing::kFolded>>(context, maps, parameters, states.heads, 1);
+    Launch<Tiling<kD, kConsumers, Mixing::kFolded>>(context, maps, parameters, states.heads);
   }
 }
 

@@ -195,6 +195,12 @@ TEST_F(HopperAttentionSteps, RingWrapsAround) {
 TEST_F(HopperAttentionSteps, HeadsAndSamples) { CompareBoth({3, 5, 384, 384}); }
 TEST_F(HopperAttentionSteps, ListsOfOneConsumer) { CompareBoth({1, 2, 640, 640, 0, 64, 64}); }
 TEST_F(HopperAttentionSteps, ListsOfTwoConsumers) { CompareBoth({1, 2, 640, 640, 0, 128, 64}); }
+// More than the device works on at once: a block of threads takes several.
+TEST_F(HopperAttentionSteps, ManyTiles) {
+  CompareBoth({1, 300, 200, 200});
+  CompareBoth({2, 60, 640, 640, 0, 64, 64});
+  CompareBoth({2, 60, 640, 640, 0, 128, 64});
+}
 
 TEST_F(AttentionKernels, Hopper) {
   if (!OnHopper()) GTEST_SKIP() << "this device is not a Hopper";

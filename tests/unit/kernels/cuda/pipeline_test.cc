@@ -132,27 +132,38 @@ class Exploration {
 
 constexpr int kAttentionStages = 2;
 
-// `parts` of the linear branch's matrices follow in the stages of V, as tiles -2, -3 and so on.
-Program AttentionProducer(int tiles, int parts = 0) {
-  Program program;
-  Ring<kAttentionStages> ring;
-  for (int tile = tiles - 1; tile >= 0; --tile, ring.Next()) {
-    for (const bool values : {false, true}) {
-      program.push_back({Step::Kind::kWait, ring.stage, ring.parity ^ 1, tile, values});
-      program.push_back({Step::Kind::kLoad, ring.stage, 0, tile, values});
+// What a block of threads does for one tile of queries: that many tiles of keys, and then `parts`
+// of the linear branch's matrices in the stages of V. Loads are numbered through all of a block's.
+struct QueryTile {
+  int tiles, parts = 0;
+};
+
+struct AttentionProducer {
+  Program program = {};
+  Ring<kAttentionStages> k_ring = {}, v_ring = {};
+  int keys_loaded = 0, values_loaded = 0;
+
+  void Load(bool values) {
+    auto& ring = values ? v_ring : k_ring;
+    int& number = values ? values_loaded : keys_loaded;
+    program.push_back({Step::Kind::kWait, ring.stage, ring.parity ^ 1, number, values});
+    program.push_back({Step::Kind::kLoad, ring.stage, 0, number++, values});
+    ring.Next();
+  }
+  void Bring(const QueryTile& query) {
+    for (int tile = 0; tile < query.tiles; ++tile) {
+      Load(false);
+      Load(true);
     }
+    for (int part = 0; part < query.parts; ++part) Load(true);
   }
-  for (int part = 0; part < parts; ++part, ring.Next()) {
-    program.push_back({Step::Kind::kWait, ring.stage, ring.parity ^ 1, 0, true});
-    program.push_back({Step::Kind::kLoad, ring.stage, 0, -2 - part, true});
-  }
-  return program;
-}
+};
 
 struct AttentionConsumer {
   int group, groups;
-  Program program;
-  Ring<kAttentionStages> k_ring, v_ring;
+  Program program = {};
+  Ring<kAttentionStages> k_ring = {}, v_ring = {};
+  int keys_read = 0, values_read = 0;
 
   void Turn(Step::Kind kind, int whose) {
     if (groups == 2) program.push_back({kind, whose});
@@ -161,23 +172,25 @@ struct AttentionConsumer {
     const auto& ring = values ? v_ring : k_ring;
     program.push_back({Step::Kind::kWait, ring.stage, ring.parity, 0, values});
   }
-  void Finish(bool values, int tile) {
+  void Finish(bool values) {
     auto& ring = values ? v_ring : k_ring;
-    program.push_back({Step::Kind::kRead, ring.stage, 0, tile, values});
+    int& number = values ? values_read : keys_read;
+    program.push_back({Step::Kind::kRead, ring.stage, 0, number++, values});
     program.push_back({Step::Kind::kRelease, ring.stage, 0, 0, values});
     ring.Next();
   }
-  void Run(int tiles) {
+  void Begin() {
     if (group == 1) Turn(Step::Kind::kPass, 0);
-    for (int tile = tiles - 1; tile >= -1; --tile) {
+  }
+  void Run(int tiles) {
+    for (int tile = tiles - 1; tiles > 0 && tile >= -1; --tile) {
       Turn(Step::Kind::kSync, group);
       if (tile >= 0) Wait(false);
       if (tile < tiles - 1) Wait(true);
       Turn(Step::Kind::kPass, 1 - group);
-      if (tile >= 0) Finish(false, tile);
-      if (tile < tiles - 1) Finish(true, tile + 1);
+      if (tile >= 0) Finish(false);
+      if (tile < tiles - 1) Finish(true);
     }
-    if (group == 0) Turn(Step::Kind::kSync, 0);
   }
   // `at_once` parts are waited for, multiplied and given back together.
   void Mix(int parts, int at_once) {
@@ -186,22 +199,42 @@ struct AttentionConsumer {
       for (int i = 0; i < at_once; ++i, ring.Next()) {
         program.push_back({Step::Kind::kWait, ring.stage, ring.parity, 0, true});
       }
-      for (int i = 0; i < at_once; ++i) Finish(true, -2 - first - i);
+      for (int i = 0; i < at_once; ++i) Finish(true);
     }
   }
+  void End() {
+    if (group == 0) Turn(Step::Kind::kSync, 0);
+  }
 };
+
+// The programs of a block that has these tiles of queries, one after the other.
+std::vector<Program> AttentionBlock(const std::vector<QueryTile>& queries, int groups,
+                                    int at_once = 1) {
+  AttentionProducer producer;
+  for (const QueryTile& query : queries) producer.Bring(query);
+  std::vector<Program> programs{producer.program};
+  for (int group = 0; group < groups; ++group) {
+    AttentionConsumer consumer{group, groups};
+    consumer.Begin();
+    for (const QueryTile& query : queries) {
+      consumer.Run(query.tiles);
+      consumer.Mix(query.parts, at_once);
+    }
+    consumer.End();
+    programs.push_back(consumer.program);
+  }
+  return programs;
+}
 
 TEST(Pipeline, Attention) {
   for (const int groups : {1, 2}) {
     for (int tiles = 1; tiles <= 7; ++tiles) {
-      std::vector<Program> programs{AttentionProducer(tiles)};
-      for (int group = 0; group < groups; ++group) {
-        AttentionConsumer consumer{group, groups, {}, {}, {}};
-        consumer.Run(tiles);
-        programs.push_back(consumer.program);
+      for (int next = 0; next <= 3; ++next) {
+        const Exploration exploration(AttentionBlock({{tiles}, {next}, {1}}, groups),
+                                      kAttentionStages, groups);
+        EXPECT_EQ(exploration.fault(), "")
+            << groups << " consumers, " << tiles << " tiles and " << next;
       }
-      const Exploration exploration(programs, kAttentionStages, groups);
-      EXPECT_EQ(exploration.fault(), "") << groups << " consumers, " << tiles << " tiles";
     }
   }
 }
@@ -212,14 +245,9 @@ TEST(Pipeline, AttentionWithLinearBranch) {
       for (const int at_once : {1, 2}) {
         for (const int matrices : {1, 2}) {
           const int parts = matrices * at_once;
-          std::vector<Program> programs{AttentionProducer(tiles, parts)};
-          for (int group = 0; group < groups; ++group) {
-            AttentionConsumer consumer{group, groups, {}, {}, {}};
-            if (tiles > 0) consumer.Run(tiles);
-            consumer.Mix(parts, at_once);
-            programs.push_back(consumer.program);
-          }
-          const Exploration exploration(programs, kAttentionStages, groups);
+          const Exploration exploration(
+              AttentionBlock({{tiles, parts}, {2, parts}, {0, parts}}, groups, at_once),
+              kAttentionStages, groups);
           EXPECT_EQ(exploration.fault(), "") << groups << " consumers, " << tiles << " tiles, "
                                              << parts << " parts, " << at_once << " at once";
         }
@@ -324,13 +352,7 @@ TEST(Pipeline, Convolution) {
 // The exploration itself: barriers that count a reader too few or too many are found out.
 TEST(Pipeline, FindsFaults) {
   const auto fault = [](int readers) {
-    std::vector<Program> programs{AttentionProducer(5)};
-    for (int group = 0; group < 2; ++group) {
-      AttentionConsumer consumer{group, 2, {}, {}, {}};
-      consumer.Run(5);
-      programs.push_back(consumer.program);
-    }
-    return Exploration(programs, kAttentionStages, readers).fault();
+    return Exploration(AttentionBlock({{5}}, 2), kAttentionStages, readers).fault();
   };
   EXPECT_NE(fault(1), "");
   EXPECT_EQ(fault(3), "all wait");

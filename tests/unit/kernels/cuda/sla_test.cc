@@ -173,6 +173,16 @@ TEST_F(SlaKernels, LengthsScopesAndBlocks) {
     }
   }
 }
+// More query tiles than the device works on at once: a block of threads takes several.
+TEST_F(SlaKernels, ManyTiles) {
+  for (const LinearScope scope : {LinearScope::kAll, LinearScope::kMarginal}) {
+    for (const int critical : {0, 3}) {
+      CompareBoth({.length = 700, .heads = 60, .scope = scope, .critical_of_8 = critical});
+      CompareBoth(
+          {.length = 700, .heads = 60, .scope = scope, .block_q = 128, .critical_of_8 = critical});
+    }
+  }
+}
 
 // The same inputs give the same bits: a result that moves is a race.
 TEST_F(SlaKernels, FusedRepeats) {
