@@ -22,7 +22,7 @@ void TestShortSoak(const std::string& slalomd, const std::string& model,
   options.slalomd = slalomd;
   options.model = model;
   options.folder = folder;
-  options.jobs = kSanitized ? 60 : 120;
+  options.jobs = kSanitized ? 40 : 120;
   options.seconds_per_kill = kSanitized ? 8 : 1;
   options.check_memory = !kSanitized;
   const SoakReport report = Soak(options);

@@ -217,17 +217,31 @@ class Soaker {
     std::vector<std::thread> clients;
     for (int c = 0; c < options_.clients; ++c) {
       clients.emplace_back([&] {
-        while (left-- > 0) RunJob(next_job_++);
+        while (left-- > 0) {
+          RunJob(next_job_++);
+          ++ended_jobs_;
+        }
       });
     }
     std::thread killer([&] {
       Random random(options_.seed);
-      std::exponential_distribution<double> pause(1 / std::max(options_.seconds_per_kill, 1e-3));
+      double mean = options_.seconds_per_kill;
+      int ended_at_kill = -1;
       while (kill && !done) {
-        const auto when = Clock::now() + std::chrono::duration<double>(pause(random));
-        while (!done && Clock::now() < when) std::this_thread::sleep_for(milliseconds(5));
+        const double pause =
+            std::exponential_distribution<double>(1 / std::max(mean, 1e-3))(random);
+        const auto when = Clock::now() + std::chrono::duration<double>(pause);
+        while (!done && (Clock::now() < when || ended_jobs_ == ended_at_kill)) {
+          std::this_thread::sleep_for(milliseconds(5));
+        }
         if (done) return;
+        ended_at_kill = ended_jobs_;
+        const auto start = Clock::now();
         server_.KillAndRestart();
+        // Where starting takes long (a sanitizer, a busy machine) a server must live longer, or
+        // nothing would ever be done: for twice its start, and until a job at least has ended.
+        const std::chrono::duration<double> starting = Clock::now() - start;
+        mean = std::max(options_.seconds_per_kill, 2 * starting.count());
         Count("kills");
       }
     });
@@ -404,6 +418,7 @@ class Soaker {
   std::unique_ptr<v1::VideoGeneration::Stub> stub_;
   std::vector<std::string> expected_;  // bytes, by twin
   std::atomic<int> next_job_ = 0;
+  std::atomic<int> ended_jobs_ = 0;
 
   std::mutex mutex_;
   std::map<std::string, Accepted> accepted_;  // by job
