@@ -8,10 +8,8 @@
 // In both, the last product of a block is waited for behind the first products of the next one.
 #include <cuda.h>
 
-#include "kernels/cuda/attention/backward.h"
-#include "kernels/cuda/attention/key_blocks.cuh"
 #include "kernels/cuda/attention/online_softmax.cuh"
-#include "kernels/cuda/check.h"
+#include "kernels/cuda/attention/sparse_gradient.cuh"
 #include "kernels/cuda/hopper/mbarrier.cuh"
 #include "kernels/cuda/hopper/ring.h"
 #include "kernels/cuda/hopper/tensor_map.h"
@@ -31,7 +29,6 @@ constexpr int kTile = kKeyBlock;
 constexpr int kScores = kTile / 2;  // registers of a 64 x 64 product
 constexpr int kProducerRegisters = 24;
 constexpr int kConsumersBarrier = 1;
-constexpr float kLog2E = 1.4426950408889634f;
 
 template <int kD>
 using Panels = bf16[kD / kPanel][kTile][kPanel];
@@ -40,14 +37,7 @@ struct TensorMaps {
   CUtensorMap q, k, v, d_out;
 };
 
-struct Parameters {
-  const float *lse, *delta;
-  bf16 *d_q, *d_k, *d_v;
-  bool accumulate;
-  int heads, length;
-  float scale;
-  BlockList list;  // of the side that the kernel owns
-};
+using Parameters = SparseGradientParameters;
 
 template <int kD>
 __device__ void CopyTile(const CUtensorMap* map, std::uint64_t* full, Panels<kD>& to, int row,
@@ -534,50 +524,27 @@ CUtensorMap RowsMap(const void* data, const SparseGradientProblem& problem) {
                        {kPanel, 1, kTile, 1});
 }
 
-template <typename Kernel>
-void Launch(const Context& context, Kernel kernel, int threads, std::size_t bytes, int rows,
-            const TensorMaps& maps, const Parameters& parameters,
-            const SparseGradientProblem& problem) {
-  Check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                             static_cast<int>(bytes)),
-        "HopperSparseGradient: shared memory");
-  const dim3 grid(static_cast<unsigned>((problem.length + rows - 1) / rows),
-                  static_cast<unsigned>(problem.heads), static_cast<unsigned>(problem.batch));
-  kernel<<<grid, threads, bytes, context.stream>>>(maps, parameters);
-  CheckLaunch("HopperSparseGradient");
-}
-
 template <int kD, int kConsumers>
-void RunQueries(const Context& context, const TensorMaps& maps, const Parameters& parameters,
+void RunQueries(const Context& context, const TensorMaps& maps,
                 const SparseGradientProblem& problem) {
   using Tiling = QueryTiling<kD, kConsumers>;
   constexpr std::size_t kBytes = sizeof(QueryStorage<kD, kConsumers>);
   // A multiprocessor has 228 KiB, of which every block takes one for itself.
   static_assert(Tiling::kBlocksPerSm * (kBytes + 1024) <= 228 * 1024);
-  Launch(context, QueryGradientKernel<kD, kConsumers>, Tiling::kThreads, kBytes, kConsumers * kTile,
-         maps, parameters, problem);
+  LaunchSparseGradient(context, problem, QueryGradientKernel<kD, kConsumers>, Tiling::kThreads,
+                       kBytes, kConsumers * kTile, maps, Parameters::Of(problem, false));
 }
 
 template <int kD>
 void Run(const Context& context, const SparseGradientProblem& problem) {
   const TensorMaps maps{RowsMap(problem.q, problem), RowsMap(problem.k, problem),
                         RowsMap(problem.v, problem), RowsMap(problem.d_out, problem)};
-  Parameters parameters{problem.lse,
-                        problem.delta,
-                        static_cast<bf16*>(problem.d_q),
-                        static_cast<bf16*>(problem.d_k),
-                        static_cast<bf16*>(problem.d_v),
-                        problem.accumulate,
-                        static_cast<int>(problem.heads),
-                        static_cast<int>(problem.length),
-                        problem.scale,
-                        problem.keys};
-  problem.keys.block_q % (2 * kTile) == 0 ? RunQueries<kD, 2>(context, maps, parameters, problem)
-                                          : RunQueries<kD, 1>(context, maps, parameters, problem);
-  parameters.list = problem.queries;
+  problem.keys.block_q % (2 * kTile) == 0 ? RunQueries<kD, 2>(context, maps, problem)
+                                          : RunQueries<kD, 1>(context, maps, problem);
   constexpr std::size_t kBytes = sizeof(KeyStorage<kD>);
   static_assert(kBytes + 1024 <= 228 * 1024);
-  Launch(context, KeyGradientKernel<kD>, kKeyThreads, kBytes, kTile, maps, parameters, problem);
+  LaunchSparseGradient(context, problem, KeyGradientKernel<kD>, kKeyThreads, kBytes, kTile, maps,
+                       Parameters::Of(problem, true));
 }
 
 }  // namespace

@@ -2,11 +2,9 @@
 // warp owns 16 rows (queries for d_q, keys for d_k and d_v), keeps both of their operands in
 // registers, and walks along the listed blocks of the other side, which cp.async brings one ahead.
 // What a product leaves in registers (P, dS, or their transposes) is the next one's left operand.
-#include "kernels/cuda/attention/backward.h"
-#include "kernels/cuda/attention/key_blocks.cuh"
 #include "kernels/cuda/attention/mma_tiles.cuh"
 #include "kernels/cuda/attention/online_softmax.cuh"
-#include "kernels/cuda/check.h"
+#include "kernels/cuda/attention/sparse_gradient.cuh"
 
 namespace slalom::cuda {
 namespace {
@@ -14,17 +12,8 @@ namespace {
 constexpr int kTile = kKeyBlock;  // rows of either side at once
 constexpr int kWarps = 4;
 constexpr int kThreads = kWarps * 32;
-constexpr float kLog2E = 1.4426950408889634f;
 
-struct Parameters {
-  const bf16 *q, *k, *v, *d_out;
-  const float *lse, *delta;
-  bf16 *d_q, *d_k, *d_v;
-  bool accumulate;
-  int heads, length;
-  float scale;
-  BlockList list;  // of the side that the kernel owns
-};
+using Parameters = SparseGradientParameters;
 
 template <int kD>
 struct alignas(128) SharedTiles {
@@ -234,38 +223,13 @@ __global__ void __launch_bounds__(kThreads, 2) KeyGradientKernel(const Parameter
   StoreOwn<kD>(d_v, 1.0f, p.accumulate, p.d_v + walk.start, walk.stride, row, p.length);
 }
 
-template <typename Kernel>
-void Launch(const Context& context, Kernel kernel, std::size_t bytes, const Parameters& parameters,
-            const SparseGradientProblem& problem) {
-  Check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                             static_cast<int>(bytes)),
-        "TensorCoreSparseGradient: shared memory");
-  const dim3 grid(static_cast<unsigned>((problem.length + kTile - 1) / kTile),
-                  static_cast<unsigned>(problem.heads), static_cast<unsigned>(problem.batch));
-  kernel<<<grid, kThreads, bytes, context.stream>>>(parameters);
-  CheckLaunch("TensorCoreSparseGradient");
-}
-
 template <int kD>
 void Run(const Context& context, const SparseGradientProblem& problem) {
-  Parameters parameters{static_cast<const bf16*>(problem.q),
-                        static_cast<const bf16*>(problem.k),
-                        static_cast<const bf16*>(problem.v),
-                        static_cast<const bf16*>(problem.d_out),
-                        problem.lse,
-                        problem.delta,
-                        static_cast<bf16*>(problem.d_q),
-                        static_cast<bf16*>(problem.d_k),
-                        static_cast<bf16*>(problem.d_v),
-                        problem.accumulate,
-                        static_cast<int>(problem.heads),
-                        static_cast<int>(problem.length),
-                        problem.scale,
-                        problem.keys};
   constexpr std::size_t kBytes = sizeof(SharedTiles<kD>);
-  Launch(context, QueryGradientKernel<kD>, kBytes, parameters, problem);
-  parameters.list = problem.queries;
-  Launch(context, KeyGradientKernel<kD>, kBytes, parameters, problem);
+  LaunchSparseGradient(context, problem, QueryGradientKernel<kD>, kThreads, kBytes, kTile,
+                       Parameters::Of(problem, false));
+  LaunchSparseGradient(context, problem, KeyGradientKernel<kD>, kThreads, kBytes, kTile,
+                       Parameters::Of(problem, true));
 }
 
 }  // namespace
