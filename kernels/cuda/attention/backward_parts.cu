@@ -17,22 +17,46 @@ unsigned Blocks(std::int64_t items, std::int64_t per_block) {
   return static_cast<unsigned>((items + per_block - 1) / per_block);
 }
 
-// A thread per key block: neighbouring threads read neighbouring classes.
+// A block of threads has kColumns key blocks of one head, and brings their
+// classes kListRows query blocks at a time; a warp makes the lists of a few
+// columns, 32 query blocks at once. Grid (groups of columns, heads).
+constexpr int kColumns = 32;
+constexpr int kListRows = 256;
 __global__ void __launch_bounds__(kThreads)
-    QueryListKernel(const std::uint8_t* classes, std::int64_t columns, int query_blocks,
-                    int key_blocks, std::int32_t* indices, std::int32_t* counts) {
-  const std::int64_t column = static_cast<std::int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  if (column >= columns) return;
-  const std::int64_t head = column / key_blocks;
-  const std::uint8_t* own = classes + head * query_blocks * key_blocks + column % key_blocks;
-  std::int32_t* list = indices + column * query_blocks;
-  int count = 0;
-#pragma unroll 8
-  for (int i = 0; i < query_blocks; ++i) {
-    const auto c = static_cast<BlockClass>(own[static_cast<std::int64_t>(i) * key_blocks]);
-    if (c == BlockClass::kCritical) list[count++] = i;
+    QueryListKernel(const std::uint8_t* classes, int query_blocks, int key_blocks,
+                    std::int32_t* indices, std::int32_t* counts) {
+  __shared__ std::uint8_t tile[kListRows][kColumns + 4];  // rows start in different banks
+  const int lane = threadIdx.x % 32, warp = static_cast<int>(threadIdx.x) / 32;
+  const int first = blockIdx.x * kColumns;
+  const std::int64_t head = blockIdx.y;
+  int count[kColumns / kWarps] = {};
+  for (int begin = 0; begin < query_blocks; begin += kListRows) {
+    const int rows = min(kListRows, query_blocks - begin);
+    const std::uint8_t* own = classes + (head * query_blocks + begin) * key_blocks + first + lane;
+    for (int row = warp; row < rows; row += kWarps) {
+      tile[row][lane] = first + lane < key_blocks ? own[std::int64_t{row} * key_blocks] : 0;
+    }
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < kColumns / kWarps; ++i) {
+      const int column = warp + i * kWarps;
+      if (first + column >= key_blocks) break;
+      std::int32_t* list = indices + (head * key_blocks + first + column) * query_blocks;
+      for (int row = lane; row - lane < rows; row += 32) {
+        const bool critical =
+            row < rows && static_cast<BlockClass>(tile[row][column]) == BlockClass::kCritical;
+        const unsigned all = __ballot_sync(~0u, critical);
+        if (critical) list[count[i] + __popc(all & ((1u << lane) - 1))] = begin + row;
+        count[i] += __popc(all);
+      }
+    }
+    __syncthreads();  // the tile is free
   }
-  counts[column] = count;
+#pragma unroll
+  for (int i = 0; i < kColumns / kWarps; ++i) {
+    const int column = first + warp + i * kWarps;
+    if (lane == 0 && column < key_blocks) counts[head * key_blocks + column] = count[i];
+  }
 }
 
 template <typename T>
@@ -51,55 +75,84 @@ struct DeltaParameters {
   float* delta;
 };
 
-// One warp per row, in the order of delta.
-template <typename T>
+// A group of kGroup lanes per row, in the order of memory.
+constexpr int kGroup = 16;
+template <typename T, int kWidth>
 __global__ void __launch_bounds__(kThreads) DeltaKernel(const DeltaParameters<T> p) {
-  const std::int64_t row = static_cast<std::int64_t>(blockIdx.x) * kWarps + threadIdx.x / 32;
-  if (row >= p.rows) return;
-  const std::int64_t position = row % p.length;
-  const int head = static_cast<int>(row / p.length % p.heads);
-  const std::int64_t sample = row / p.length / p.heads;
-  std::int64_t token = position;
-  if (p.grid.frames > 0 && head >= p.heads / 2) {
-    token = position % p.grid.frames * (p.grid.height * p.grid.width) + position / p.grid.frames;
-  }
-  const std::int64_t at = ((sample * p.length + token) * p.heads + head) * p.head_size;
-  const float gate = p.projected != nullptr ? p.gates[sample * p.length + token] : 0.0f;
+  const std::int64_t row =
+      static_cast<std::int64_t>(blockIdx.x) * (kThreads / kGroup) + threadIdx.x / kGroup;
+  if (row - threadIdx.x % 32 / kGroup >= p.rows) return;  // the whole warp
+  const std::int64_t token = row / p.heads;               // of all samples
+  const int head = static_cast<int>(row % p.heads);
+  const bool there = row < p.rows;
+  const float gate = there && p.projected != nullptr ? p.gates[token] : 0.0f;
   float sum = 0.0f;
-  for (int c = 2 * (threadIdx.x % 32); c < p.head_size; c += 64) {
-    float out[2], slope[2];
-    LoadFloats<2>(p.out + at + c, out);
-    LoadFloats<2>(p.d_out + at + c, slope);
+  for (int c = kWidth * (threadIdx.x % kGroup); there && c < p.head_size; c += kWidth * kGroup) {
+    const std::int64_t at = row * p.head_size + c;
+    float out[kWidth], slope[kWidth];
+    LoadFloats<kWidth>(p.out + at, out);
+    LoadFloats<kWidth>(p.d_out + at, slope);
+    if (p.bias != nullptr) {
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      if (p.bias != nullptr) out[i] -= p.bias[c + i];
-      if (p.projected != nullptr) out[i] -= gate * ToFloat(p.projected[at + c + i]);
-      sum += out[i] * slope[i];
+      for (int i = 0; i < kWidth; ++i) out[i] -= p.bias[c + i];
     }
+    if (p.projected != nullptr) {
+      float projected[kWidth];
+      LoadFloats<kWidth>(p.projected + at, projected);
+#pragma unroll
+      for (int i = 0; i < kWidth; ++i) out[i] -= gate * projected[i];
+    }
+#pragma unroll
+    for (int i = 0; i < kWidth; ++i) sum += out[i] * slope[i];
   }
-  sum = GroupSum<32>(sum);
-  if (threadIdx.x % 32 == 0) {
-    p.delta[row] = p.linear_delta != nullptr ? sum - p.linear_delta[row] : sum;
+  sum = GroupSum<kGroup>(sum);
+  if (!there || threadIdx.x % kGroup != 0) return;
+  const std::int64_t sample = token / p.length;
+  std::int64_t position = token % p.length;
+  if (p.grid.frames > 0 && head >= p.heads / 2) {
+    const std::int64_t plane = p.grid.height * p.grid.width;
+    position = position % plane * p.grid.frames + position / plane;
   }
+  const std::int64_t at = (sample * p.heads + head) * p.length + position;
+  p.delta[at] = p.linear_delta != nullptr ? sum - p.linear_delta[at] : sum;
 }
 
-// partial [blocks, columns]: each block of threads has a range of rows. Grid (columns / kThreads,
-// blocks).
-template <typename T>
+// partial [blocks, columns]: each block of threads has a range of rows, of
+// which it takes as many at once as it has threads for. A thread has kWidth
+// neighbouring columns; there are `lanes` of them in blockDim.x. Grid (groups
+// of columns, blocks).
+template <typename T, int kWidth>
 __global__ void __launch_bounds__(kThreads)
     SumColumnsKernel(const T* x, const float* weights, std::int64_t rows, std::int64_t columns,
-                     std::int64_t rows_each, float* partial) {
-  const std::int64_t column = static_cast<std::int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  if (column >= columns) return;
-  const std::int64_t first = blockIdx.y * rows_each;
-  const std::int64_t end = min(first + rows_each, rows);
-  float sum = 0.0f;
+                     std::int64_t rows_each, int lanes, float* partial) {
+  __shared__ float sums[kThreads * kWidth];
+  const int lane = static_cast<int>(threadIdx.x) % lanes,
+            own = static_cast<int>(threadIdx.x) / lanes;
+  const int at_once = kThreads / lanes;
+  const std::int64_t column = (std::int64_t{blockIdx.x} * lanes + lane) * kWidth;
+  const std::int64_t end = min((blockIdx.y + 1) * rows_each, rows);
+  float sum[kWidth] = {};
+  if (column < columns && own < at_once) {
 #pragma unroll 4
-  for (std::int64_t r = first; r < end; ++r) {
-    const float value = ToFloat(x[r * columns + column]);
-    sum += weights != nullptr ? weights[r] * value : value;
+    for (std::int64_t r = blockIdx.y * rows_each + own; r < end; r += at_once) {
+      float values[kWidth];
+      LoadFloats<kWidth>(x + r * columns + column, values);
+      const float weight = weights != nullptr ? weights[r] : 1.0f;
+#pragma unroll
+      for (int i = 0; i < kWidth; ++i) sum[i] += weight * values[i];
+    }
   }
-  partial[blockIdx.y * columns + column] = sum;
+#pragma unroll
+  for (int i = 0; i < kWidth; ++i) sums[threadIdx.x * kWidth + i] = sum[i];
+  __syncthreads();
+  const int width = lanes * kWidth;  // of the block
+  for (int c = threadIdx.x; c < width; c += kThreads) {
+    const std::int64_t at = std::int64_t{blockIdx.x} * width + c;
+    if (at >= columns) break;
+    float total = 0.0f;
+    for (int r = 0; r < at_once; ++r) total += sums[r * width + c];
+    partial[blockIdx.y * columns + at] = total;
+  }
 }
 
 template <typename T>
@@ -118,8 +171,25 @@ void RunDelta(const Context& context, const DeltaArgs& args) {
                                       static_cast<int>(args.delta.dim(1)),
                                       static_cast<int>(args.out.NumElements() / rows),
                                       args.delta.data<float>()};
-  DeltaKernel<T><<<Blocks(rows, kWarps), kThreads, 0, context.stream>>>(parameters);
+  bool wide = parameters.head_size % 8 == 0;
+  for (const Tensor* x : {&args.out, &args.d_out, &args.projected}) {
+    wide = wide && (!x->defined() || reinterpret_cast<std::uintptr_t>(x->raw()) % 16 == 0);
+  }
+  const auto kernel = wide ? DeltaKernel<T, 8> : DeltaKernel<T, 1>;
+  kernel<<<Blocks(rows, kThreads / kGroup), kThreads, 0, context.stream>>>(parameters);
   CheckLaunch("attention backward: delta");
+}
+
+template <typename T>
+void LaunchSumColumns(const Context& context, const T* x, const float* weights, std::int64_t rows,
+                      std::int64_t columns, std::int64_t rows_each, float* out) {
+  const bool wide = columns % 8 == 0 && reinterpret_cast<std::uintptr_t>(x) % 16 == 0;
+  const std::int64_t lanes = std::min<std::int64_t>(wide ? columns / 8 : columns, kThreads);
+  const dim3 grid(Blocks(columns, lanes * (wide ? 8 : 1)), Blocks(rows, rows_each));
+  const auto kernel = wide ? SumColumnsKernel<T, 8> : SumColumnsKernel<T, 1>;
+  kernel<<<grid, kThreads, 0, context.stream>>>(x, weights, rows, columns, rows_each,
+                                                static_cast<int>(lanes), out);
+  CheckLaunch("attention backward: sums of columns");
 }
 
 template <typename T>
@@ -130,13 +200,10 @@ void RunSumColumns(const Context& context, const Tensor& x, const Tensor& weight
   const std::int64_t rows_each = (rows + wanted - 1) / wanted;
   const std::int64_t blocks = (rows + rows_each - 1) / rows_each;
   const Tensor partial = context.Allocate({blocks, columns}, DType::kF32);
-  const dim3 grid(Blocks(columns, kThreads), static_cast<unsigned>(blocks));
-  SumColumnsKernel<T><<<grid, kThreads, 0, context.stream>>>(
-      x.data<T>(), weights.defined() ? weights.data<float>() : nullptr, rows, columns, rows_each,
-      partial.data<float>());
-  SumColumnsKernel<float><<<dim3(Blocks(columns, kThreads), 1), kThreads, 0, context.stream>>>(
-      partial.data<float>(), nullptr, blocks, columns, blocks, out.data<float>());
-  CheckLaunch("attention backward: sums of columns");
+  LaunchSumColumns(context, x.data<T>(), weights.defined() ? weights.data<float>() : nullptr, rows,
+                   columns, rows_each, partial.data<float>());
+  LaunchSumColumns<float>(context, partial.data<float>(), nullptr, blocks, columns, blocks,
+                          out.data<float>());
 }
 
 }  // namespace
@@ -146,9 +213,10 @@ QueryLists MakeQueryLists(const Context& context, const BlockMap& map) {
   QueryLists lists;
   lists.indices = context.Allocate({map.classes.dim(0), map.classes.dim(1), nk, nq}, DType::kI32);
   lists.counts = context.Allocate({map.classes.dim(0), map.classes.dim(1), nk}, DType::kI32);
-  const std::int64_t columns = lists.counts.NumElements();
-  QueryListKernel<<<Blocks(columns, kThreads), kThreads, 0, context.stream>>>(
-      map.classes.data<std::uint8_t>(), columns, static_cast<int>(nq), static_cast<int>(nk),
+  const dim3 grid(Blocks(nk, kColumns),
+                  static_cast<unsigned>(map.classes.dim(0) * map.classes.dim(1)));
+  QueryListKernel<<<grid, kThreads, 0, context.stream>>>(
+      map.classes.data<std::uint8_t>(), static_cast<int>(nq), static_cast<int>(nk),
       lists.indices.data<std::int32_t>(), lists.counts.data<std::int32_t>());
   CheckLaunch("attention backward: lists of query blocks");
   lists.list = {lists.indices.data<std::int32_t>(),

@@ -1,15 +1,17 @@
-// The linear branch's gradients with mma.sync, for bf16 and heads of 64 or 128 channels.
+// The linear branch's gradients with mma.sync, for bf16 and heads of 64 or 128
+// channels.
 //
-// With a_t = feature(q_t) / (feature(q_t) z + 1e-5), H and z the sums over the scope of
-// feature(k)^T v and feature(k), W the projection and y_t = d_out_t:
+// With a_t = feature(q_t) / (feature(q_t) z + 1e-5), H and z the sums over the
+// scope of feature(k)^T v and feature(k), W the projection and y_t = d_out_t:
 //   M = H W^T                        delta_t = y_t . (a_t M)
-//   E = sum of a_t^T y_t             e = -sum of a_t delta_t        (per query block)
-//   d feature(q_t) = (y_t M^T - delta_t z) / (feature(q_t) z + 1e-5)
-//   G = (sum of E over the query blocks that have key block j in scope) W, g the same of e
-//   d feature(k_j) = v_j G^T + g     d v_j = feature(k_j) G         d W = sum of E^T H
-// so that tokens meet one [D, D] matrix each, and sums over scopes are products with the mask. E is
-// made by the kernels that make H. SALAD's features are rotated where they meet a matrix, not where
-// they meet z or g.
+//   E = sum of a_t^T y_t             e = -sum of a_t delta_t        (per query
+//   block) d feature(q_t) = (y_t M^T - delta_t z) / (feature(q_t) z + 1e-5) G =
+//   (sum of E over the query blocks that have key block j in scope) W, g the
+//   same of e d feature(k_j) = v_j G^T + g     d v_j = feature(k_j) G         d
+//   W = sum of E^T H
+// so that tokens meet one [D, D] matrix each, and sums over scopes are products
+// with the mask. E is made by the kernels that make H. SALAD's features are
+// rotated where they meet a matrix, not where they meet z or g.
 #include <algorithm>
 
 #include "kernels/cuda/attention/backward.h"
@@ -29,18 +31,21 @@ using namespace linear_tiles;
 
 constexpr int kRowThreads = 128;  // a warp owns 16 rows
 constexpr int kThreads = 256;
+constexpr std::int64_t kMostParts = 16;  // of a head's sum for d W
 constexpr int kMostTiles = 8;  // that one block of threads takes of rows with the same matrix
 
 std::int64_t Blocks(std::int64_t items, std::int64_t per_block) {
   return (items + per_block - 1) / per_block;
 }
 
-// Rows x (queries or keys) with y beside them (d_out or v), and the matrix of their block.
+// Rows x (queries or keys) with y beside them (d_out or v), and the matrix of
+// their block.
 struct RowParameters {
   FeatureParameters features;
   const bf16* x;
   const bf16* y;
-  const bf16* matrices;  // [heads, per head, kD + 1, kD]: M or G; their last row is not used
+  const bf16* matrices;  // [heads, per head, kD + 1, kD]: M or G; their last row
+                         // is not used
   const bf16* vectors;   // likewise, the last row: z or g
   bf16* d_x;
   bf16* product;  // queries: a_t, unrotated; keys: d v
@@ -52,11 +57,16 @@ struct RowParameters {
   int tiles;            // of rows for one block of threads; they share a matrix
 };
 
+// Rows x and y of a tile; what is computed of them takes their places.
 template <int kD>
-struct alignas(128) RowTiles {
-  bf16 matrix[kD][kD];
+struct RowTiles {
   bf16 x[kTile][kD];
   bf16 y[kTile][kD];
+};
+template <int kD>
+struct alignas(128) RowStorage {
+  bf16 matrix[kD][kD];
+  RowTiles<kD> tiles[2];  // one is computed while the next arrives
   float vector[kD];
 };
 
@@ -97,7 +107,8 @@ __device__ inline void LoadFragments(std::uint32_t (&a)[kD / 16][4], const bf16 
   }
 }
 
-// A thread's pair of channels 8 i + 2 * (lane % 4) of row lane / 4 + 8 * half of a warp's 16.
+// A thread's pair of channels 8 i + 2 * (lane % 4) of row lane / 4 + 8 * half
+// of a warp's 16.
 template <int kD>
 __device__ inline std::uint32_t* PairAt(bf16 (&tile)[kTile][kD], int row, int half, int i) {
   const int lane = threadIdx.x % 32;
@@ -106,10 +117,11 @@ __device__ inline std::uint32_t* PairAt(bf16 (&tile)[kTile][kD], int row, int ha
       base + SwizzledOffset<kD / 8>(row + half * 8 + lane / 4, i) + lane % 4 * 4);
 }
 
-// The features of a warp's rows: in `a` as they meet a matrix; in the tile, over x, as they are
-// and, for queries, divided by their normaliser. Returns 1 / normaliser of one half.
+// The features of a warp's rows: in `a` as they meet a matrix; in the tile,
+// over x, as they are and, for queries, divided by their normaliser. Returns 1
+// / normaliser of one half.
 template <int kD, bool kQueries>
-__device__ float MapHalf(const RowParameters& p, RowTiles<kD>& tiles,
+__device__ float MapHalf(const RowParameters& p, const RowStorage<kD>& shared, RowTiles<kD>& tiles,
                          std::uint32_t (&a)[kD / 16][4], int row, int half, std::int64_t token) {
   const int quad = threadIdx.x % 4;
   float x[kD / 4];
@@ -125,8 +137,8 @@ __device__ float MapHalf(const RowParameters& p, RowTiles<kD>& tiles,
     float sum = 0.0f;
 #pragma unroll
     for (int i = 0; i < kD / 8; ++i) {
-      sum += x[2 * i] * tiles.vector[i * 8 + quad * 2] +
-             x[2 * i + 1] * tiles.vector[i * 8 + quad * 2 + 1];
+      sum += x[2 * i] * shared.vector[i * 8 + quad * 2] +
+             x[2 * i + 1] * shared.vector[i * 8 + quad * 2 + 1];
     }
     inverse = 1.0f / (GroupSum<4>(sum) + kNormaliserEpsilon);
   }
@@ -147,11 +159,12 @@ __device__ float MapHalf(const RowParameters& p, RowTiles<kD>& tiles,
   return inverse;
 }
 
-// d x of one half of a warp's rows, given d feature as it meets the matrix (not yet divided) and
-// what the normaliser adds, `factor` times the vector. Over y in the tile.
+// d x of one half of a warp's rows, given d feature as it meets the matrix (not
+// yet divided) and what the normaliser adds, `factor` times the vector. Over y
+// in the tile.
 template <int kD>
-__device__ void FinishHalf(const RowParameters& p, RowTiles<kD>& tiles,
-                           const std::uint32_t (&a)[kD / 16][4],
+__device__ void FinishHalf(const RowParameters& p, const RowStorage<kD>& shared,
+                           RowTiles<kD>& tiles, const std::uint32_t (&a)[kD / 16][4],
                            const float (&d_feature)[kD / 8][4], float inverse, float factor,
                            int row, int half, std::int64_t token) {
   const int quad = threadIdx.x % 4;
@@ -164,8 +177,8 @@ __device__ void FinishHalf(const RowParameters& p, RowTiles<kD>& tiles,
       const std::int64_t angle = token * (kD / 2) + quad + i * 4;
       RotatePair(p.features.cos[angle], -p.features.sin[angle], even, odd);
     }
-    d[2 * i] = even + factor * tiles.vector[i * 8 + quad * 2];
-    d[2 * i + 1] = odd + factor * tiles.vector[i * 8 + quad * 2 + 1];
+    d[2 * i] = even + factor * shared.vector[i * 8 + quad * 2];
+    d[2 * i + 1] = odd + factor * shared.vector[i * 8 + quad * 2 + 1];
     const float2 phi = UnpackBf16(a[i / 2][i % 2 * 2 + half]);
     mean += phi.x * d[2 * i] + phi.y * d[2 * i + 1];
   }
@@ -176,8 +189,8 @@ __device__ void FinishHalf(const RowParameters& p, RowTiles<kD>& tiles,
     float2 y;
     if (feature == Feature::kSoftmax) {
       y = make_float2(phi.x * (d[2 * i] - mean), phi.y * (d[2 * i + 1] - mean));
-    } else if (feature ==
-               Feature::kElu) {  // where x > 0 the feature is above 1, else its own slope
+    } else if (feature == Feature::kElu) {  // where x > 0 the feature is above
+                                            // 1, else its own slope
       y = make_float2(fminf(phi.x, 1.0f) * d[2 * i], fminf(phi.y, 1.0f) * d[2 * i + 1]);
     } else {  // the unrotated feature, in the tile, shows where x was positive
       const float2 kept = UnpackBf16(*PairAt<kD>(tiles.x, row, half, i));
@@ -187,10 +200,11 @@ __device__ void FinishHalf(const RowParameters& p, RowTiles<kD>& tiles,
   }
 }
 
-// One tile of rows, of which a warp has 16 from `row` on; `token` is the tile's first.
+// One tile of rows, of which a warp has 16 from `row` on; `token` is the tile's
+// first.
 template <int kD, bool kQueries>
-__device__ void RowTile(const RowParameters& p, RowTiles<kD>& tiles, int row, std::int64_t token,
-                        std::int64_t delta_row) {
+__device__ void RowTile(const RowParameters& p, const RowStorage<kD>& shared, RowTiles<kD>& tiles,
+                        int row, std::int64_t token, std::int64_t delta_row) {
   const int lane = threadIdx.x % 32;
   std::uint32_t a[kD / 16][4];
   LoadFragments<kD>(a, tiles.x, row);
@@ -199,10 +213,10 @@ __device__ void RowTile(const RowParameters& p, RowTiles<kD>& tiles, int row, st
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const std::int64_t own = min(token + row + lane / 4 + half * 8, p.length - 1);
-    inverse[half] = MapHalf<kD, kQueries>(p, tiles, a, row, half, own);
+    inverse[half] = MapHalf<kD, kQueries>(p, shared, tiles, a, row, half, own);
   }
   float sums[kD / 8][4];
-  Multiply<kD, false>(a, tiles.matrix, sums);
+  Multiply<kD, false>(a, shared.matrix, sums);
   std::uint32_t y[kD / 16][4];
   LoadFragments<kD>(y, tiles.y, row);
   __syncwarp();
@@ -225,11 +239,11 @@ __device__ void RowTile(const RowParameters& p, RowTiles<kD>& tiles, int row, st
     }
   }
   float d_feature[kD / 8][4];
-  Multiply<kD, true>(y, tiles.matrix, d_feature);
+  Multiply<kD, true>(y, shared.matrix, d_feature);
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const std::int64_t own = min(token + row + lane / 4 + half * 8, p.length - 1);
-    FinishHalf<kD>(p, tiles, a, d_feature, inverse[half], factor[half], row, half, own);
+    FinishHalf<kD>(p, shared, tiles, a, d_feature, inverse[half], factor[half], row, half, own);
     if constexpr (!kQueries) {  // d v takes the place of the features
 #pragma unroll
       for (int i = 0; i < kD / 8; ++i) {
@@ -243,7 +257,7 @@ __device__ void RowTile(const RowParameters& p, RowTiles<kD>& tiles, int row, st
 template <int kD, bool kQueries>
 __global__ void __launch_bounds__(kRowThreads, 2) RowKernel(const RowParameters p) {
   extern __shared__ std::byte dynamic_shared[];
-  auto& tiles = *reinterpret_cast<RowTiles<kD>*>(dynamic_shared);
+  auto& shared = *reinterpret_cast<RowStorage<kD>*>(dynamic_shared);
   const int head_index = p.first_head + blockIdx.y;
   const std::int64_t row_stride = std::int64_t{p.heads} * kD;
   const std::int64_t first = std::int64_t{blockIdx.x} * p.tiles * kTile;
@@ -252,33 +266,43 @@ __global__ void __launch_bounds__(kRowThreads, 2) RowKernel(const RowParameters 
   const std::int64_t own = p.matrices_per_head == 1 ? 0 : first / p.rows_per_matrix;
   const std::int64_t matrix =
       (std::int64_t{blockIdx.y} * p.matrices_per_head + own) * ((kD + 1) * kD);
-  CopyTile<kD, kRowThreads>(tiles.matrix, p.matrices + matrix, kD, kD);
+  CopyTile<kD, kRowThreads>(shared.matrix, p.matrices + matrix, kD, kD);
   for (int c = threadIdx.x; c < kD; c += kRowThreads) {
-    tiles.vector[c] = ToFloat(p.vectors[matrix + kD * kD + c]);
+    shared.vector[c] = ToFloat(p.vectors[matrix + kD * kD + c]);
   }
   const int row = static_cast<int>(threadIdx.x) / 32 * 16;
+  const int tiles =
+      static_cast<int>(min(std::int64_t{p.tiles}, (p.length - first + kTile - 1) / kTile));
+  const auto rows_of = [&](int i) {
+    return static_cast<int>(min(std::int64_t{kTile}, p.length - first - i * kTile));
+  };
+  const auto copy = [&](int i) {
+    const std::int64_t at = start + (first + i * kTile) * row_stride;
+    CopyTile<kD, kRowThreads>(shared.tiles[i % 2].x, p.x + at, row_stride, rows_of(i));
+    CopyTile<kD, kRowThreads>(shared.tiles[i % 2].y, p.y + at, row_stride, rows_of(i));
+  };
+  copy(0);
+  CopyAsyncCommit();
 #pragma unroll 1
-  for (int i = 0; i < p.tiles; ++i) {
-    const std::int64_t token = first + i * kTile;
-    if (token >= p.length) break;
-    const int rows = static_cast<int>(min(std::int64_t{kTile}, p.length - token));
-    const std::int64_t at = start + token * row_stride;
-    CopyTile<kD, kRowThreads>(tiles.x, p.x + at, row_stride, rows);
-    CopyTile<kD, kRowThreads>(tiles.y, p.y + at, row_stride, rows);
+  for (int i = 0; i < tiles; ++i) {
+    if (i + 1 < tiles) copy(i + 1);
     CopyAsyncCommit();
-    CopyAsyncWait<0>();
+    CopyAsyncWait<1>();
     __syncthreads();
-    RowTile<kD, kQueries>(p, tiles, row, token, head_index * p.length);
+    RowTiles<kD>& own_tiles = shared.tiles[i % 2];
+    const std::int64_t token = first + i * kTile;
+    RowTile<kD, kQueries>(p, shared, own_tiles, row, token, head_index * p.length);
     __syncwarp();
-    StoreTileRows<kD>(tiles.x, row, rows, p.product + at, row_stride);
-    StoreTileRows<kD>(tiles.y, row, rows, p.d_x + at, row_stride);
+    const std::int64_t at = start + token * row_stride;
+    StoreTileRows<kD>(own_tiles.x, row, rows_of(i), p.product + at, row_stride);
+    StoreTileRows<kD>(own_tiles.y, row, rows_of(i), p.d_x + at, row_stride);
     __syncthreads();  // the tiles are free
   }
 }
 
-// The last rows of states [heads, chunks, kD + 1, kD] become -sum of a_t delta_t over a chunk's
-// tokens. Grid (chunks, heads); a thread has a pair of channels of every kThreads / (kD / 2)th
-// token.
+// The last rows of states [heads, chunks, kD + 1, kD] become -sum of a_t
+// delta_t over a chunk's tokens. Grid (chunks, heads); a thread has a pair of
+// channels of every kThreads / (kD / 2)th token.
 template <int kD, typename Out>
 __global__ void __launch_bounds__(kThreads)
     NormaliserKernel(const bf16* a, const float* delta, std::int64_t length, int heads,
@@ -313,7 +337,8 @@ __global__ void __launch_bounds__(kThreads)
   to[1] = FromFloat<Out>(sum.y);
 }
 
-// sums [heads, elements] = the sum of states [heads, chunks, elements]. Grid (elements, heads).
+// sums [heads, elements] = the sum of states [heads, chunks, elements]. Grid
+// (elements, heads).
 __global__ void __launch_bounds__(kThreads)
     SumChunksKernel(const float* states, int chunks, int elements, bf16* sums) {
   const int i = blockIdx.x * kThreads + threadIdx.x;
@@ -325,8 +350,8 @@ __global__ void __launch_bounds__(kThreads)
   sums[std::int64_t{blockIdx.y} * elements + i] = FromFloat<bf16>(sum);
 }
 
-// mask [heads, key blocks, stride]: 1 where a query block has the key block in scope; columns from
-// query_blocks on are 0.
+// mask [heads, key blocks, stride]: 1 where a query block has the key block in
+// scope; columns from query_blocks on are 0.
 __global__ void __launch_bounds__(kThreads)
     MaskKernel(const std::uint8_t* classes, std::int64_t elements, int query_blocks, int key_blocks,
                int stride, bool only_marginal, bf16* mask) {
@@ -343,8 +368,8 @@ __global__ void __launch_bounds__(kThreads)
   mask[i] = FromFloat<bf16>(inside ? 1.0f : 0.0f);
 }
 
-// to [heads, kD, stride] = the matrices of states [heads, count, kD + 1, kD] side by side,
-// transposed, with zeros for their last rows.
+// to [heads, kD, stride] = the matrices of states [heads, count, kD + 1, kD]
+// side by side, transposed, with zeros for their last rows.
 template <int kD>
 __global__ void __launch_bounds__(kThreads)
     TransposeKernel(const bf16* states, std::int64_t columns, std::int64_t stride, bf16* to) {
@@ -374,7 +399,8 @@ __global__ void __launch_bounds__(kThreads)
   total[i] = sum;
 }
 
-// One call: its working memory and its steps, for one group of heads after the other.
+// One call: its working memory and its steps, for one group of heads after the
+// other.
 template <int kD>
 class Run {
  public:
@@ -408,7 +434,8 @@ class Run {
  private:
   static constexpr std::int64_t kElements = std::int64_t{kD + 1} * kD;
 
-  // x W^T, or x W with `straight`, for all rows of x [heads, count, kD + 1, kD].
+  // x W^T, or x W with `straight`, for all rows of x [heads, count, kD + 1,
+  // kD].
   Tensor Multiply(const Tensor& x, bool straight) const {
     const Tensor out = context_.Allocate(x.shape(), DType::kBF16);
     GemmArgs product;
@@ -429,7 +456,8 @@ class Run {
                      : kQueries    ? args_.map->block_q
                                    : args_.map->block_k;
     const std::int64_t in_block = Blocks(rows, kTile);
-    // Tiles that share a matrix: all of a block's, or a few of the whole sequence.
+    // Tiles that share a matrix: all of a block's, or a few of the whole
+    // sequence.
     const std::int64_t tiles =
         per_head == 1 ? std::min<std::int64_t>(kMostTiles, in_block) : in_block;
     const RowParameters parameters{features_,
@@ -446,7 +474,7 @@ class Run {
                                    per_head,
                                    rows,
                                    static_cast<int>(tiles)};
-    constexpr std::size_t kBytes = sizeof(RowTiles<kD>);
+    constexpr std::size_t kBytes = sizeof(RowStorage<kD>);
     Check(cudaFuncSetAttribute(RowKernel<kD, kQueries>, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                static_cast<int>(kBytes)),
           "LinearGradient: shared memory");
@@ -456,8 +484,8 @@ class Run {
     CheckLaunch("LinearGradient: rows");
   }
 
-  // E and e of every query block, or of all: [heads, count, kD + 1, kD] bf16. What was divided is
-  // no less than zero, so that relu leaves it as it is.
+  // E and e of every query block, or of all: [heads, count, kD + 1, kD] bf16.
+  // What was divided is no less than zero, so that relu leaves it as it is.
   Tensor SlopeSums(std::int64_t first, std::int64_t heads) const {
     const bool rotated = args_.feature == Feature::kRotatedRelu;
     StateProblem problem;
@@ -510,7 +538,8 @@ class Run {
     CheckLaunch("LinearGradient: normaliser");
   }
 
-  // [heads, key blocks, elements]: sums over the query blocks that have a key block in scope.
+  // [heads, key blocks, elements]: sums over the query blocks that have a key
+  // block in scope.
   Tensor SumScope(std::int64_t first, const Tensor& slopes) const {
     const std::int64_t nq = args_.map->classes.dim(2), nk = args_.map->classes.dim(3);
     const std::int64_t heads = slopes.dim(0), stride = Blocks(nq, 8) * 8;
@@ -539,17 +568,20 @@ class Run {
     return sums;
   }
 
-  // d W += the sum over these heads of E^T H.
+  // d W += the sum over these heads of E^T H: long sums, which are cut into equal parts.
   void WeightGradient(std::int64_t first, const Tensor& slopes, const Tensor& sums) const {
-    const std::int64_t heads = slopes.dim(0), columns = slopes.NumElements() / heads / kD;
+    std::int64_t parts_each = kMostParts;
+    while (slopes.dim(1) % parts_each != 0) --parts_each;
+    const std::int64_t parts = slopes.dim(0) * parts_each;
+    const std::int64_t columns = slopes.NumElements() / parts / kD;
     const std::int64_t stride = Blocks(columns, 8) * 8;
-    const Tensor transposed = context_.Allocate({heads, kD, stride}, DType::kBF16);
+    const Tensor transposed = context_.Allocate({parts, kD, stride}, DType::kBF16);
     const dim3 grid(static_cast<unsigned>(Blocks(stride, 32)), kD / 32,
-                    static_cast<unsigned>(heads));
+                    static_cast<unsigned>(parts));
     TransposeKernel<kD><<<grid, kThreads, 0, context_.stream>>>(
         slopes.template data<bf16>(), columns, stride, transposed.template data<bf16>());
     CheckLaunch("LinearGradient: transpose");
-    const Tensor parts = context_.Allocate({heads, kD, kD}, DType::kF32);
+    const Tensor products = context_.Allocate({parts, kD, kD}, DType::kF32);
     GemmArgs product;
     product.m = product.n = product.ldb = product.ldo = kD;
     product.k = columns;
@@ -560,12 +592,12 @@ class Run {
     product.b = sums.raw();
     product.b_stride = columns * kD;
     product.b_is_kn = true;
-    product.out = parts.raw();
+    product.out = products.raw();
     product.out_stride = kD * kD;
-    product.batch = heads;
+    product.batch = parts;
     context_.gemm->Run(product);
     SumPartsKernel<<<kD * kD / kThreads, kThreads, 0, context_.stream>>>(
-        parts.template data<float>(), static_cast<int>(heads), kD * kD, first > 0,
+        products.template data<float>(), static_cast<int>(parts), kD * kD, first > 0,
         args_.d_proj_weight.template data<float>());
     CheckLaunch("LinearGradient: weight");
   }
@@ -575,7 +607,8 @@ class Run {
   const bool whole_;
   const std::int64_t length_;
   FeatureParameters features_;
-  const Tensor a_;  // [B, L, H, kD]: features of the queries by their normalisers, unrotated
+  const Tensor a_;  // [B, L, H, kD]: features of the queries by their
+                    // normalisers, unrotated
   Tensor weight_;
 };
 
