@@ -62,9 +62,10 @@ bench() { quiet; limited pipeline_bench --model "$MODEL" --device "$DEVICE" --re
 # --- the server ---
 server='' address='' http=''
 serve() {  # NAME
-  local program
+  local program start
   quiet
   find_program slalomd || { fail "$1"; return 1; }
+  start=$(date +%s.%N)
   "${program[@]}" --device "$DEVICE" --models "$MODEL" --listen 127.0.0.1:0 --http-listen 127.0.0.1:0 \
     --warm-up "${SIZE}x$FRAMES" >"$out/$1.ready" 2>"$out/$1-server.log" &
   server=$!
@@ -75,7 +76,10 @@ serve() {  # NAME
     sleep 0.1
   done
   http=$(sed -n 's/^slalomd ready .*http=\([^ ]*\).*/\1/p' "$out/$1.ready")
-  [ -n "$address" ] && return
+  if [ -n "$address" ]; then
+    echo "ready after $(awk -v a="$start" -v b="$(date +%s.%N)" 'BEGIN { printf "%.1f", b - a }') s, one clip to warm up among them"
+    return
+  fi
   fail "$1: the server does not start"
   tail -5 "$out/$1-server.log"
   kill -TERM $server
