@@ -244,7 +244,9 @@ JobTable::Turn JobTable::NextSweep() {
     if (queued_deadlines_.empty()) {
       changed_.wait(lock);
     } else {
-      changed_.wait_until(lock, queued_deadlines_.begin()->first);
+      // A copy: the job may leave, and its deadline with it, while this waits.
+      const auto next = queued_deadlines_.begin()->first;
+      changed_.wait_until(lock, next);
     }
   }
 }
