@@ -47,13 +47,13 @@ class Sizes:
     sets: tuple[ClipSet, ...] = (ClipSet(256, 33, 6_144, 16, (0, 1), 48, 4), ClipSet(384, 49, 2_048, 4, (2,), 12, 1))
     seconds: int = 75  # of rendering and encoding
     compile: tuple[str, ...] = ("--compile",)
-    length: tuple[str, ...] = ()  # said last, so that it holds
+    steps: int | None = None  # instead of the minutes
     sampling: tuple[str, ...] = ("--batch", "50")
     least: float = 1.0  # factor on the seconds a phase needs at least
 
 
 TINY = Sizes((ClipSet(32, 9, 4, 2, (0, 1), 2, 2), ClipSet(48, 13, 4, 2, (0,), 1, 1)), 150, (),
-             ("--steps", "6", "--warmup", "2"), ("--steps", "2", "--batch", "2"), 0.2)
+             6, ("--steps", "2", "--batch", "2"), 0.2)
 
 # 36 blocks of 64 tokens at 256x256x33: one critical block is a sparsity of 97.2 %, three are 91.7 %.
 SLA = ("--attention", "sla", "--topk", 0.05, "--negligible", 0.1, "--scope", "marginal")
@@ -163,11 +163,12 @@ def phases_of(args: argparse.Namespace) -> list[Phase]:
     found = [phase for clips in sizes.sets for phase in data_phases(args, clips, sizes.seconds, 77, sizes.compile)]
     ready = tuple(phase.name for phase in found if phase.name.startswith("prepare"))
     plan = ("--data", *(prepared(args, clips) for clips in sizes.sets), "--batch", *(clips.batch for clips in sizes.sets), "--turns", *(clips.turns for clips in sizes.sets))
-    length = ("--steps", args.steps) if args.steps else ("--minutes", args.adapter_minutes)
+    steps = args.steps or sizes.steps
+    length = ("--steps", steps) if steps else ("--minutes", args.adapter_minutes)
     for name in KINDS if args.table else args.kinds:
         found.append(Phase(name, finetune(
             "train", "--model", MODEL, "--work", work / name, "--out", work / name / "out", *plan, *KINDS[name], *TRAINING,
-            *sizes.compile, *length, *sizes.length), 60, ready, GPUS[name], name not in SHIPPED,
+            *sizes.compile, *length), 60, ready, GPUS[name], name not in SHIPPED,
             environment={"SLALOM_ATTENTION_LIBRARY": "none"} if name in args.plain else {}))
     if args.table:
         found += table_phases(args, sizes)

@@ -142,7 +142,7 @@ def poses(scene: Scene, jitter: Jitter, frames: int) -> np.ndarray:
     out = np.empty((frames, POSE), np.float32)
     previous: list[float] | None = None
     for f in range(frames):
-        place, yaw = _place(scene, jitter, f / (frames - 1))
+        place, yaw = _place(scene, jitter, f / (frames - 1) if frames > 1 else 0.5)  # a still: half-way
         if scene.rolls and previous is not None:
             step = [place[0] - previous[0], 0.0, place[2] - previous[2]]
             length = math.hypot(step[0], step[2])
