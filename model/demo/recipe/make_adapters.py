@@ -8,7 +8,7 @@ too; exit status 0 says that everything is done, 3 that another call is needed. 
 for the model folder, {sla,salad}/at-SHARE/attention/ (at shares of the steps, for the curves) and report.txt, after
 every call.  --table N adds what the quality table compares: SLA in tiles, and the linear branch alone; then N captions that
 training never saw are drawn with all of them, in PyTorch, from slalomd's noise, judged (tests/demo/quality.py), and --out
-gets table.md and, of fewer captions but all sparsities and steps, curves.md.  --tiny makes everything very small and short, on a CPU too: a smoke run, whose adapters
+gets table.md and, from fewer captions but more sparsities and steps, curves.md and its pictures.  --tiny makes everything very small and short, on a CPU too: a smoke run, whose adapters
 are good for nothing.
 """
 
@@ -177,6 +177,32 @@ def phases_of(args: argparse.Namespace) -> list[Phase]:
     return found
 
 
+def draw_curves(args: argparse.Namespace, home: ClipSet) -> None:
+    """Accuracy and likeness to the dense clips, over sparsity and over steps, from what the phase `curves` found."""
+    sys.path.insert(0, str(TESTS))
+    from chart import line_chart
+    results = json.loads((args.work / "curves" / "table.json").read_text())
+    blocks = -(-((home.frames - 1) // 4 + 1) * (home.size // 16) ** 2 // 64)
+    steps = {kind: json.loads((args.work / kind / "log.jsonl").read_text().splitlines()[-1])["step"] for kind in SHIPPED}
+
+    def sparsity(topk: float) -> float:
+        return 100 * (1 - max(1, int(topk * blocks)) / blocks)
+
+    lines = {"sparsity": {name: [(sparsity(0.05), first), *((sparsity(topk), f"{first}-topk-{topk:g}") for topk in TOPKS)]
+                          for name, first in (("SLA", "sla"), ("untrained", "sparse"))},
+             "steps": {kind.upper(): [(0, "sparse" if kind == "sla" else "sparse-salad"), (steps[kind], kind),
+                                      *((share * steps[kind], f"{kind}-at-{share:g}") for share in SNAPSHOTS)]
+                       for kind in SHIPPED}}
+    for what, key, factor, unit in (("accuracy", "all", 100, "colour, shape and motion right, %"), ("psnr", "psnr", 1, "dB")):
+        for x, series in lines.items():
+            dense = {"dense": [(place, 100 * results["dense"]["all"]) for place in (min(p for s in series.values() for p, _ in s),
+                               max(p for s in series.values() for p, _ in s))]} if key == "all" else {}
+            points = {name: [(place, factor * results[row][key]) for place, row in rows if key in results.get(row, {})]
+                      for name, rows in series.items()}
+            line_chart(args.out / f"{what}-{x}.svg", f"{unit} over {x}", "sparsity, %" if x == "sparsity" else x, unit,
+                       {name: some for name, some in (points | dense).items() if some})
+
+
 def pack(args: argparse.Namespace, call: Call, phases: list[Phase]) -> None:
     """Puts what there is so far into --out."""
     args.out.mkdir(parents=True, exist_ok=True)
@@ -193,6 +219,8 @@ def pack(args: argparse.Namespace, call: Call, phases: list[Phase]) -> None:
     for name in ("first-table", "table", "curves"):
         for file in (args.work / name).glob("table.*"):
             shutil.copy(file, args.out / f"{name}{file.suffix}")
+    if call.is_done("curves"):
+        draw_curves(args, (TINY if args.tiny else Sizes()).sets[0])
     (args.out / "report.txt").write_text(call.report(phases))
 
 
