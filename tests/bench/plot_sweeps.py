@@ -11,8 +11,16 @@ import math
 import re
 import sys
 
-WIDTH, HEIGHT, LEFT, TOP, RIGHT, BOTTOM = 430, 330, 58, 34, 132, 44
-COLOURS = ("#444444", "#9a6fb0", "#1f77b4", "#2ca02c", "#d6722d")
+WIDTH, HEIGHT, LEFT, TOP, RIGHT, BOTTOM = 450, 330, 58, 34, 142, 44
+COLOURS = {
+    "FlashAttention-2": "#444444",
+    "cuDNN": "#9a6fb0",
+    "dense, ours": "#1f77b4",
+    "SLA 0.05": "#2ca02c",
+    "SLA": "#2ca02c",
+    "SALAD 0.10": "#d6722d",
+    "SLA 64x64 marginal": "#8c8c2d",
+}
 
 
 def series(files):
@@ -25,6 +33,7 @@ def series(files):
             match = re.fullmatch(r"sweep (length|topk) ([\d.]+): (.+)", row["name"])
             if match:
                 kind, x, name = match.groups()
+                name = {"dense": "dense, ours"}.get(name, name.removesuffix(": with map"))
                 found[kind].setdefault(name, []).append((float(x), row["ms"]))
     return found
 
@@ -77,8 +86,8 @@ def panel(lines, left, title, unit, x_marks):
             out.append(text(x_at(mark), bottom + 16, label))
     out.append(text((left + LEFT + right) / 2, bottom + 34, unit))
     labels = []
-    for (name, line), colour in zip(lines.items(), COLOURS):
-        line = sorted(line)
+    for name, line in lines.items():
+        line, colour = sorted(line), COLOURS[name]
         path = "L".join(f"{x_at(x):.1f} {y_at(y):.1f}" for x, y in line)
         out.append(f'<path d="M{path}" fill="none" stroke="{colour}" stroke-width="2"/>')
         out += [f'<circle cx="{x_at(x):.1f}" cy="{y_at(y):.1f}" r="2.6" fill="{colour}"/>' for x, y in line]
