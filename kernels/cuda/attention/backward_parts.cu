@@ -17,9 +17,9 @@ unsigned Blocks(std::int64_t items, std::int64_t per_block) {
   return static_cast<unsigned>((items + per_block - 1) / per_block);
 }
 
-// A block of threads has kColumns key blocks of one head, and brings their
-// classes kListRows query blocks at a time; a warp makes the lists of a few
-// columns, 32 query blocks at once. Grid (groups of columns, heads).
+// A block of threads has kColumns key blocks of one head, and brings their classes kListRows query
+// blocks at a time; a warp makes the lists of a few columns, 32 query blocks at once. Grid (groups
+// of columns, heads).
 constexpr int kColumns = 32;
 constexpr int kListRows = 256;
 __global__ void __launch_bounds__(kThreads)
@@ -117,17 +117,16 @@ __global__ void __launch_bounds__(kThreads) DeltaKernel(const DeltaParameters<T>
   p.delta[at] = p.linear_delta != nullptr ? sum - p.linear_delta[at] : sum;
 }
 
-// partial [blocks, columns]: each block of threads has a range of rows, of
-// which it takes as many at once as it has threads for. A thread has kWidth
-// neighbouring columns; there are `lanes` of them in blockDim.x. Grid (groups
-// of columns, blocks).
+// partial [blocks, columns]: each block of threads has a range of rows, of which it takes as many
+// at once as it has threads for. A thread has kWidth neighbouring columns, `lanes` threads a row.
+// Grid (groups of columns, blocks).
 template <typename T, int kWidth>
 __global__ void __launch_bounds__(kThreads)
     SumColumnsKernel(const T* x, const float* weights, std::int64_t rows, std::int64_t columns,
                      std::int64_t rows_each, int lanes, float* partial) {
   __shared__ float sums[kThreads * kWidth];
-  const int lane = static_cast<int>(threadIdx.x) % lanes,
-            own = static_cast<int>(threadIdx.x) / lanes;
+  const int lane = static_cast<int>(threadIdx.x) % lanes;
+  const int own = static_cast<int>(threadIdx.x) / lanes;
   const int at_once = kThreads / lanes;
   const std::int64_t column = (std::int64_t{blockIdx.x} * lanes + lane) * kWidth;
   const std::int64_t end = min((blockIdx.y + 1) * rows_each, rows);

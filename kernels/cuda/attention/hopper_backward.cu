@@ -514,16 +514,6 @@ __global__ void __launch_bounds__(kKeyThreads, 1)
   }
 }
 
-// A map of rows [B, L, H, D] in boxes of kTile rows and kPanel channels of one head.
-CUtensorMap RowsMap(const void* data, const SparseGradientProblem& problem) {
-  const auto head_size = static_cast<std::uint64_t>(problem.head_size);
-  const auto heads = static_cast<std::uint64_t>(problem.heads);
-  const auto rows = static_cast<std::uint64_t>(problem.length);
-  return MakeTensorMap(data, {head_size, heads, rows, static_cast<std::uint64_t>(problem.batch)},
-                       {head_size, heads * head_size, rows * heads * head_size},
-                       {kPanel, 1, kTile, 1});
-}
-
 template <int kD, int kConsumers>
 void RunQueries(const Context& context, const TensorMaps& maps,
                 const SparseGradientProblem& problem) {
@@ -537,8 +527,10 @@ void RunQueries(const Context& context, const TensorMaps& maps,
 
 template <int kD>
 void Run(const Context& context, const SparseGradientProblem& problem) {
-  const TensorMaps maps{RowsMap(problem.q, problem), RowsMap(problem.k, problem),
-                        RowsMap(problem.v, problem), RowsMap(problem.d_out, problem)};
+  const auto rows = [&](const void* data) {
+    return MakeRowsMap(data, problem.batch, problem.length, problem.heads, kD);
+  };
+  const TensorMaps maps{rows(problem.q), rows(problem.k), rows(problem.v), rows(problem.d_out)};
   problem.keys.block_q % (2 * kTile) == 0 ? RunQueries<kD, 2>(context, maps, problem)
                                           : RunQueries<kD, 1>(context, maps, problem);
   constexpr std::size_t kBytes = sizeof(KeyStorage<kD>);

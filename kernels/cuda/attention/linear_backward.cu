@@ -1,17 +1,15 @@
-// The linear branch's gradients with mma.sync, for bf16 and heads of 64 or 128
-// channels.
+// The linear branch's gradients with mma.sync, for bf16 and heads of 64 or 128 channels.
 //
-// With a_t = feature(q_t) / (feature(q_t) z + 1e-5), H and z the sums over the
-// scope of feature(k)^T v and feature(k), W the projection and y_t = d_out_t:
+// With a_t = feature(q_t) / (feature(q_t) z + 1e-5), H and z the sums over the scope of
+// feature(k)^T v and feature(k), W the projection and y_t = d_out_t:
 //   M = H W^T                        delta_t = y_t . (a_t M)
-//   E = sum of a_t^T y_t             e = -sum of a_t delta_t        (per query
-//   block) d feature(q_t) = (y_t M^T - delta_t z) / (feature(q_t) z + 1e-5) G =
-//   (sum of E over the query blocks that have key block j in scope) W, g the
-//   same of e d feature(k_j) = v_j G^T + g     d v_j = feature(k_j) G         d
-//   W = sum of E^T H
-// so that tokens meet one [D, D] matrix each, and sums over scopes are products
-// with the mask. E is made by the kernels that make H. SALAD's features are
-// rotated where they meet a matrix, not where they meet z or g.
+//   E = sum of a_t^T y_t             e = -sum of a_t delta_t        (per query block)
+//   d feature(q_t) = (y_t M^T - delta_t z) / (feature(q_t) z + 1e-5)
+//   G = (sum of E over the query blocks that have key block j in scope) W, g the same of e
+//   d feature(k_j) = v_j G^T + g     d v_j = feature(k_j) G         d W = sum of E^T H
+// so that tokens meet one [D, D] matrix each, and sums over scopes are products with the mask. E is
+// made by the kernels that make H. SALAD's features are rotated where they meet a matrix, not where
+// they meet z or g.
 #include <algorithm>
 
 #include "kernels/cuda/attention/backward.h"
@@ -38,14 +36,12 @@ std::int64_t Blocks(std::int64_t items, std::int64_t per_block) {
   return (items + per_block - 1) / per_block;
 }
 
-// Rows x (queries or keys) with y beside them (d_out or v), and the matrix of
-// their block.
+// Rows x (queries or keys) with y beside them (d_out or v), and the matrix of their block.
 struct RowParameters {
   FeatureParameters features;
   const bf16* x;
   const bf16* y;
-  const bf16* matrices;  // [heads, per head, kD + 1, kD]: M or G; their last row
-                         // is not used
+  const bf16* matrices;  // [heads, per head, kD + 1, kD]: M or G; their last row is not used
   const bf16* vectors;   // likewise, the last row: z or g
   bf16* d_x;
   bf16* product;  // queries: a_t, unrotated; keys: d v
@@ -107,8 +103,7 @@ __device__ inline void LoadFragments(std::uint32_t (&a)[kD / 16][4], const bf16 
   }
 }
 
-// A thread's pair of channels 8 i + 2 * (lane % 4) of row lane / 4 + 8 * half
-// of a warp's 16.
+// A thread's pair of channels 8 i + 2 * (lane % 4) of row lane / 4 + 8 * half of a warp's 16.
 template <int kD>
 __device__ inline std::uint32_t* PairAt(bf16 (&tile)[kTile][kD], int row, int half, int i) {
   const int lane = threadIdx.x % 32;
@@ -117,9 +112,8 @@ __device__ inline std::uint32_t* PairAt(bf16 (&tile)[kTile][kD], int row, int ha
       base + SwizzledOffset<kD / 8>(row + half * 8 + lane / 4, i) + lane % 4 * 4);
 }
 
-// The features of a warp's rows: in `a` as they meet a matrix; in the tile,
-// over x, as they are and, for queries, divided by their normaliser. Returns 1
-// / normaliser of one half.
+// The features of a warp's rows: in `a` as they meet a matrix; in the tile, over x, as they are
+// and, for queries, divided by their normaliser. Returns 1 / normaliser of one half.
 template <int kD, bool kQueries>
 __device__ float MapHalf(const RowParameters& p, const RowStorage<kD>& shared, RowTiles<kD>& tiles,
                          std::uint32_t (&a)[kD / 16][4], int row, int half, std::int64_t token) {
@@ -159,9 +153,8 @@ __device__ float MapHalf(const RowParameters& p, const RowStorage<kD>& shared, R
   return inverse;
 }
 
-// d x of one half of a warp's rows, given d feature as it meets the matrix (not
-// yet divided) and what the normaliser adds, `factor` times the vector. Over y
-// in the tile.
+// d x of one half of a warp's rows, given d feature as it meets the matrix (not yet divided) and
+// what the normaliser adds, `factor` times the vector. Over y in the tile.
 template <int kD>
 __device__ void FinishHalf(const RowParameters& p, const RowStorage<kD>& shared,
                            RowTiles<kD>& tiles, const std::uint32_t (&a)[kD / 16][4],
@@ -189,8 +182,8 @@ __device__ void FinishHalf(const RowParameters& p, const RowStorage<kD>& shared,
     float2 y;
     if (feature == Feature::kSoftmax) {
       y = make_float2(phi.x * (d[2 * i] - mean), phi.y * (d[2 * i + 1] - mean));
-    } else if (feature == Feature::kElu) {  // where x > 0 the feature is above
-                                            // 1, else its own slope
+    } else if (feature ==
+               Feature::kElu) {  // where x > 0 the feature is above 1, else its own slope
       y = make_float2(fminf(phi.x, 1.0f) * d[2 * i], fminf(phi.y, 1.0f) * d[2 * i + 1]);
     } else {  // the unrotated feature, in the tile, shows where x was positive
       const float2 kept = UnpackBf16(*PairAt<kD>(tiles.x, row, half, i));
@@ -200,8 +193,7 @@ __device__ void FinishHalf(const RowParameters& p, const RowStorage<kD>& shared,
   }
 }
 
-// One tile of rows, of which a warp has 16 from `row` on; `token` is the tile's
-// first.
+// One tile of rows, of which a warp has 16 from `row` on; `token` is the tile's first.
 template <int kD, bool kQueries>
 __device__ void RowTile(const RowParameters& p, const RowStorage<kD>& shared, RowTiles<kD>& tiles,
                         int row, std::int64_t token, std::int64_t delta_row) {
@@ -300,9 +292,9 @@ __global__ void __launch_bounds__(kRowThreads, 2) RowKernel(const RowParameters 
   }
 }
 
-// The last rows of states [heads, chunks, kD + 1, kD] become -sum of a_t
-// delta_t over a chunk's tokens. Grid (chunks, heads); a thread has a pair of
-// channels of every kThreads / (kD / 2)th token.
+// The last rows of states [heads, chunks, kD + 1, kD] become -sum of a_t delta_t over a chunk's
+// tokens. Grid (chunks, heads); a thread has a pair of channels of every kThreads / (kD / 2)th
+// token.
 template <int kD, typename Out>
 __global__ void __launch_bounds__(kThreads)
     NormaliserKernel(const bf16* a, const float* delta, std::int64_t length, int heads,
@@ -337,8 +329,7 @@ __global__ void __launch_bounds__(kThreads)
   to[1] = FromFloat<Out>(sum.y);
 }
 
-// sums [heads, elements] = the sum of states [heads, chunks, elements]. Grid
-// (elements, heads).
+// sums [heads, elements] = the sum of states [heads, chunks, elements]. Grid (elements, heads).
 __global__ void __launch_bounds__(kThreads)
     SumChunksKernel(const float* states, int chunks, int elements, bf16* sums) {
   const int i = blockIdx.x * kThreads + threadIdx.x;
@@ -350,8 +341,8 @@ __global__ void __launch_bounds__(kThreads)
   sums[std::int64_t{blockIdx.y} * elements + i] = FromFloat<bf16>(sum);
 }
 
-// mask [heads, key blocks, stride]: 1 where a query block has the key block in
-// scope; columns from query_blocks on are 0.
+// mask [heads, key blocks, stride]: 1 where a query block has the key block in scope; columns from
+// query_blocks on are 0.
 __global__ void __launch_bounds__(kThreads)
     MaskKernel(const std::uint8_t* classes, std::int64_t elements, int query_blocks, int key_blocks,
                int stride, bool only_marginal, bf16* mask) {
@@ -368,8 +359,8 @@ __global__ void __launch_bounds__(kThreads)
   mask[i] = FromFloat<bf16>(inside ? 1.0f : 0.0f);
 }
 
-// to [heads, kD, stride] = the matrices of states [heads, count, kD + 1, kD]
-// side by side, transposed, with zeros for their last rows.
+// to [heads, kD, stride] = the matrices of states [heads, count, kD + 1, kD] side by side,
+// transposed, with zeros for their last rows.
 template <int kD>
 __global__ void __launch_bounds__(kThreads)
     TransposeKernel(const bf16* states, std::int64_t columns, std::int64_t stride, bf16* to) {
@@ -399,8 +390,7 @@ __global__ void __launch_bounds__(kThreads)
   total[i] = sum;
 }
 
-// One call: its working memory and its steps, for one group of heads after the
-// other.
+// One call: its working memory and its steps, for one group of heads after the other.
 template <int kD>
 class Run {
  public:
@@ -434,8 +424,7 @@ class Run {
  private:
   static constexpr std::int64_t kElements = std::int64_t{kD + 1} * kD;
 
-  // x W^T, or x W with `straight`, for all rows of x [heads, count, kD + 1,
-  // kD].
+  // x W^T, or x W with `straight`, for all rows of x [heads, count, kD + 1, kD].
   Tensor Multiply(const Tensor& x, bool straight) const {
     const Tensor out = context_.Allocate(x.shape(), DType::kBF16);
     GemmArgs product;
@@ -456,8 +445,7 @@ class Run {
                      : kQueries    ? args_.map->block_q
                                    : args_.map->block_k;
     const std::int64_t in_block = Blocks(rows, kTile);
-    // Tiles that share a matrix: all of a block's, or a few of the whole
-    // sequence.
+    // Tiles that share a matrix: all of a block's, or a few of the whole sequence.
     const std::int64_t tiles =
         per_head == 1 ? std::min<std::int64_t>(kMostTiles, in_block) : in_block;
     const RowParameters parameters{features_,
@@ -484,8 +472,8 @@ class Run {
     CheckLaunch("LinearGradient: rows");
   }
 
-  // E and e of every query block, or of all: [heads, count, kD + 1, kD] bf16.
-  // What was divided is no less than zero, so that relu leaves it as it is.
+  // E and e of every query block, or of all: [heads, count, kD + 1, kD] bf16. What was divided is
+  // no less than zero, so that relu leaves it as it is.
   Tensor SlopeSums(std::int64_t first, std::int64_t heads) const {
     const bool rotated = args_.feature == Feature::kRotatedRelu;
     StateProblem problem;
@@ -538,8 +526,7 @@ class Run {
     CheckLaunch("LinearGradient: normaliser");
   }
 
-  // [heads, key blocks, elements]: sums over the query blocks that have a key
-  // block in scope.
+  // [heads, key blocks, elements]: sums over the query blocks that have a key block in scope.
   Tensor SumScope(std::int64_t first, const Tensor& slopes) const {
     const std::int64_t nq = args_.map->classes.dim(2), nk = args_.map->classes.dim(3);
     const std::int64_t heads = slopes.dim(0), stride = Blocks(nq, 8) * 8;
@@ -607,8 +594,7 @@ class Run {
   const bool whole_;
   const std::int64_t length_;
   FeatureParameters features_;
-  const Tensor a_;  // [B, L, H, kD]: features of the queries by their
-                    // normalisers, unrotated
+  const Tensor a_;  // [B, L, H, kD]: features of the queries by their normalisers, unrotated
   Tensor weight_;
 };
 
