@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "tests/reference/attention_backward.h"
+#include "tests/unit/kernels/c_api/c_api_test.h"
 
 namespace slalom {
 namespace {
@@ -21,50 +22,9 @@ using reference::Array;
 using reference::Classes;
 using reference::Exact;
 
-class CApi : public testing::Test {
+class CApi : public CApiTest {
  protected:
-  void SetUp() override {
-    char error[256] = "";
-    ASSERT_EQ(slalom_context_create("cpu", 2, &context_, error, sizeof(error)), SLALOM_OK) << error;
-  }
-  void TearDown() override { slalom_context_destroy(context_); }
-
-  Array Random(const Shape& shape, double scale = 1.0) {
-    Array a(shape);
-    std::normal_distribution<float> normal(0.0f, static_cast<float>(scale));
-    for (double& x : a.values) x = normal(random_);
-    return a;
-  }
-  static std::vector<float> Floats(const Array& a) { return {a.values.begin(), a.values.end()}; }
-
-  Classes RandomMap(std::int64_t heads, std::int64_t length, int block_q, int block_k) {
-    Classes map{block_q,
-                block_k,
-                1,
-                heads,
-                (length + block_q - 1) / block_q,
-                (length + block_k - 1) / block_k,
-                {},
-                {}};
-    for (std::int64_t i = 0; i < heads * map.query_blocks * map.key_blocks; ++i) {
-      map.values.push_back(static_cast<std::uint8_t>(random_() % 3));
-    }
-    return map;
-  }
-
-  void ExpectNear(const std::vector<float>& actual, const Array& exact, const char* name) {
-    ASSERT_EQ(static_cast<std::int64_t>(actual.size()), exact.size()) << name;
-    double largest = 0, error = 0;
-    for (std::size_t i = 0; i < actual.size(); ++i) {
-      ASSERT_TRUE(std::isfinite(actual[i])) << name << " element " << i;
-      largest = std::max(largest, std::abs(exact.values[i]));
-      error = std::max(error, std::abs(actual[i] - exact.values[i]));
-    }
-    EXPECT_LE(error, 1e-4 * largest) << name;
-  }
-
-  slalom_context* context_ = nullptr;
-  std::mt19937 random_{3};
+  void SetUp() override { CreateContext("cpu"); }
 };
 
 constexpr std::int64_t kLength = 50, kHeads = 2, kSize = 16;

@@ -1,12 +1,12 @@
 // The C ABI on a CUDA device: pointers and a stream of the caller's. What it computes is tested
 // elsewhere; here, that it does so on the right memory, in the right order.
+#include "tests/unit/kernels/c_api/c_api_test.h"
+
 #include <cuda_runtime_api.h>
 #include <gtest/gtest.h>
 
-#include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <random>
 #include <vector>
 
 #include "kernels/backend.h"
@@ -21,27 +21,19 @@ using reference::Exact;
 
 constexpr std::int64_t kLength = 100, kHeads = 2, kSize = 32;
 
-class CApiOnCuda : public testing::Test {
+class CApiOnCuda : public CApiTest {
  protected:
   void SetUp() override {
     if (CudaDeviceCount() == 0) GTEST_SKIP() << "this machine has no CUDA device";
-    char error[256] = "";
-    ASSERT_EQ(slalom_context_create("cuda", 0, &context_, error, sizeof(error)), SLALOM_OK)
-        << error;
+    CreateContext("cuda");
     ASSERT_EQ(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), cudaSuccess);
   }
   void TearDown() override {
-    slalom_context_destroy(context_);
+    CApiTest::TearDown();
     for (void* pointer : memory_) cudaFree(pointer);
     if (stream_ != nullptr) cudaStreamDestroy(stream_);
   }
 
-  Array Random(const Shape& shape, double scale = 1.0) {
-    Array a(shape);
-    std::normal_distribution<float> normal(0.0f, static_cast<float>(scale));
-    for (double& x : a.values) x = normal(random_);
-    return a;
-  }
   template <typename T>
   T* Device(const std::vector<T>& values) {
     void* pointer = nullptr;
@@ -53,42 +45,29 @@ class CApiOnCuda : public testing::Test {
               cudaSuccess);
     return static_cast<T*>(pointer);
   }
-  float* Device(const Array& a) {
-    return Device(std::vector<float>(a.values.begin(), a.values.end()));
-  }
+  float* Device(const Array& a) { return Device(Floats(a)); }
   float* Poisoned(std::int64_t count) {
     return Device(std::vector<float>(static_cast<std::size_t>(count), NAN));
   }
-  void ExpectNear(const float* device, const Array& exact, const char* name) {
+  void ExpectDeviceNear(const float* device, const Array& exact, const char* name) {
     std::vector<float> actual(static_cast<std::size_t>(exact.size()));
     // And this copy has to wait for the ABI's work.
     ASSERT_EQ(cudaMemcpyAsync(actual.data(), device, actual.size() * sizeof(float),
                               cudaMemcpyDeviceToHost, stream_),
               cudaSuccess);
     ASSERT_EQ(cudaStreamSynchronize(stream_), cudaSuccess);
-    double largest = 0, error = 0;
-    for (std::size_t i = 0; i < actual.size(); ++i) {
-      ASSERT_TRUE(std::isfinite(actual[i])) << name << " element " << i;
-      largest = std::max(largest, std::abs(exact.values[i]));
-      error = std::max(error, std::abs(actual[i] - exact.values[i]));
-    }
-    EXPECT_LE(error, 1e-4 * largest) << name;
+    ExpectNear(actual, exact, name);
   }
 
-  slalom_context* context_ = nullptr;
   cudaStream_t stream_ = nullptr;
   std::vector<void*> memory_;
-  std::mt19937 random_{5};
 };
 
 TEST_F(CApiOnCuda, SlaForwardAndBackwardOnTheCallersStream) {
   const Shape shape{1, kLength, kHeads, kSize};
   const Array q = Random(shape), k = Random(shape), v = Random(shape), d_out = Random(shape);
   const Array weight = Random(Shape{kSize, kSize}, 0.3), bias = Random(Shape{kSize});
-  reference::Classes map{32, 16, 1, kHeads, 4, 7, {}, {}};
-  for (int i = 0; i < kHeads * 4 * 7; ++i) {
-    map.values.push_back(static_cast<std::uint8_t>(random_() % 3));
-  }
+  const reference::Classes map = RandomMap(kHeads, kLength, 32, 16);
   slalom_sla_args args{};
   args.size = sizeof(args);
   args.stream = stream_;
@@ -118,17 +97,17 @@ TEST_F(CApiOnCuda, SlaForwardAndBackwardOnTheCallersStream) {
   args.d_proj_bias = Poisoned(bias.size());
   ASSERT_EQ(slalom_sla_forward(context_, &args), SLALOM_OK) << slalom_context_error(context_);
   ASSERT_EQ(slalom_sla_backward(context_, &args), SLALOM_OK) << slalom_context_error(context_);
-  ExpectNear(out,
-             reference::Sla<Exact>(q, k, v, map, LinearScope::kMarginal, FeatureMap::kSoftmax,
-                                   weight, bias),
-             "out");
+  ExpectDeviceNear(out,
+                   reference::Sla<Exact>(q, k, v, map, LinearScope::kMarginal, FeatureMap::kSoftmax,
+                                         weight, bias),
+                   "out");
   const auto exact = reference::SlaBackward<Exact>(q, k, v, map, LinearScope::kMarginal,
                                                    FeatureMap::kSoftmax, weight, bias, d_out);
-  ExpectNear(gradients[0], exact.q, "d_q");
-  ExpectNear(gradients[1], exact.k, "d_k");
-  ExpectNear(gradients[2], exact.v, "d_v");
-  ExpectNear(args.d_proj_weight, exact.proj_weight, "d_proj_weight");
-  ExpectNear(args.d_proj_bias, exact.proj_bias, "d_proj_bias");
+  ExpectDeviceNear(gradients[0], exact.q, "d_q");
+  ExpectDeviceNear(gradients[1], exact.k, "d_k");
+  ExpectDeviceNear(gradients[2], exact.v, "d_v");
+  ExpectDeviceNear(args.d_proj_weight, exact.proj_weight, "d_proj_weight");
+  ExpectDeviceNear(args.d_proj_bias, exact.proj_bias, "d_proj_bias");
 }
 
 }  // namespace
