@@ -8,7 +8,7 @@
 #include <vector>
 
 #include "kernels/cuda/attention/problem.h"
-#include "kernels/cuda/cuda_backend.h"
+#include "tests/unit/kernels/cuda/kernel_test.h"
 
 namespace slalom::cuda {
 namespace {
@@ -24,39 +24,18 @@ struct Result {
   std::vector<float> out, lse;
 };
 
-class AttentionKernels : public testing::Test {
+class AttentionKernels : public KernelTest {
  protected:
-  void SetUp() override {
-    if (CudaDeviceCount() == 0) GTEST_SKIP() << "this machine has no CUDA device";
-    backend_ = std::make_unique<CudaBackend>(0, BackendOptions{});
-  }
-
-  // Values that are exact in bf16, in both types.
-  std::pair<Tensor, Tensor> Random(const Shape& shape) {
-    const Tensor host = Tensor::Host(shape, DType::kF32);
-    std::normal_distribution<float> normal;
-    for (std::int64_t i = 0; i < host.NumElements(); ++i) {
-      host.data<float>()[i] = static_cast<float>(BFloat16(normal(random_)));
-    }
-    const Tensor narrow = backend_->Allocate(shape, DType::kBF16);
-    const Tensor wide = backend_->Allocate(shape, DType::kF32);
-    backend_->Copy(host, narrow);
-    backend_->Copy(host, wide);
-    return {narrow, wide};
+  // On the device, in both types.
+  std::pair<Tensor, Tensor> RandomBoth(const Shape& shape) {
+    const Tensor host = Random(shape);
+    return {Upload(host, DType::kBF16), Upload(host, DType::kF32)};
   }
 
   Tensor UploadInts(const Shape& shape, const std::vector<std::int32_t>& values) {
     const Tensor host = Tensor::Host(shape, DType::kI32);
     std::copy(values.begin(), values.end(), host.data<std::int32_t>());
-    const Tensor device = backend_->Allocate(shape, DType::kI32);
-    backend_->Copy(host, device);
-    return device;
-  }
-
-  std::vector<float> Download(const Tensor& tensor) {
-    const Tensor host = Tensor::Host(tensor.shape(), DType::kF32);
-    backend_->Copy(tensor, host);
-    return {host.data<float>(), host.data<float>() + host.NumElements()};
+    return Upload(host, DType::kI32);
   }
 
   // Random lists, some of them empty or whole.
@@ -86,12 +65,8 @@ class AttentionKernels : public testing::Test {
 
   Result Run(AttentionProblem problem, AttentionKernel kernel, DType type, const Tensor& q,
              const Tensor& k, const Tensor& v) {
-    const Tensor out = backend_->Allocate(q.shape(), type);
-    const Tensor lse =
-        backend_->Allocate({problem.batch, problem.heads, problem.q_length}, DType::kF32);
-    const Tensor poison = Tensor::Host(q.shape(), DType::kF32);
-    std::fill_n(poison.data<float>(), poison.NumElements(), NAN);
-    backend_->Copy(poison, out);
+    const Tensor out = Poisoned(q.shape(), type);
+    const Tensor lse = Poisoned({problem.batch, problem.heads, problem.q_length}, DType::kF32);
     problem.dtype = type;
     problem.q = q.raw();
     problem.k = k.raw();
@@ -105,9 +80,9 @@ class AttentionKernels : public testing::Test {
   void Compare(const Case& c, AttentionKernel kernel) {
     const Shape q_shape{c.batch, c.q_length, c.heads, c.head_size};
     const Shape k_shape{c.batch, c.k_length, c.heads, c.head_size};
-    const auto [q, q32] = Random(q_shape);
-    const auto [k, k32] = Random(k_shape);
-    const auto [v, v32] = Random(k_shape);
+    const auto [q, q32] = RandomBoth(q_shape);
+    const auto [k, k32] = RandomBoth(k_shape);
+    const auto [v, v32] = RandomBoth(k_shape);
     AttentionProblem problem;
     problem.batch = c.batch;
     problem.heads = c.heads;
@@ -117,19 +92,15 @@ class AttentionKernels : public testing::Test {
     problem.scale = 1.0f / std::sqrt(static_cast<float>(c.head_size));
     Tensor bias;
     if (c.bias) {
-      bias = Random({c.heads, c.q_length + c.k_length - 1}).second;
+      bias = Upload(Random({c.heads, c.q_length + c.k_length - 1}), DType::kF32);
       problem.relative_bias = bias.data<float>();
     }
     if (c.block_q > 0) MakeLists(c, problem.list);
     const Result exact = Run(problem, AttentionKernel::kRow, DType::kF32, q32, k32, v32);
     const Result result = Run(problem, kernel, DType::kBF16, q, k, v);
     // bf16 probabilities and one rounding of the result: 2^-8 of the largest output each.
-    float largest = 0.0f, error = 0.0f, lse_error = 0.0f;
-    for (std::size_t i = 0; i < exact.out.size(); ++i) {
-      ASSERT_TRUE(std::isfinite(result.out[i])) << Name(c) << " element " << i;
-      largest = std::max(largest, std::abs(exact.out[i]));
-      error = std::max(error, std::abs(exact.out[i] - result.out[i]));
-    }
+    ExpectNear(result.out, exact.out, 0x1p-7f, Name(c));
+    float lse_error = 0.0f;
     for (std::size_t i = 0; i < exact.lse.size(); ++i) {
       if (std::isinf(exact.lse[i])) {
         EXPECT_EQ(exact.lse[i], result.lse[i]) << Name(c) << " row " << i << " has no key";
@@ -137,7 +108,6 @@ class AttentionKernels : public testing::Test {
         lse_error = std::max(lse_error, std::abs(exact.lse[i] - result.lse[i]));
       }
     }
-    EXPECT_LE(error, 0x1p-7f * largest) << Name(c);
     EXPECT_LE(lse_error, 1e-3f) << Name(c);
   }
 
@@ -163,10 +133,6 @@ class AttentionKernels : public testing::Test {
     }
   }
 
-  bool OnHopper() const { return backend_->context().compute_major == 9; }
-
-  std::unique_ptr<CudaBackend> backend_;
-  std::mt19937 random_{17};
   Tensor indices_, counts_;
 };
 
@@ -175,7 +141,7 @@ class HopperAttentionSteps : public AttentionKernels {
  protected:
   void SetUp() override {
     AttentionKernels::SetUp();
-    if (!IsSkipped() && !OnHopper()) GTEST_SKIP() << "this device is not a Hopper";
+    if (!IsSkipped() && !HasHopper()) GTEST_SKIP() << "this device is not a Hopper";
   }
   void CompareBoth(Case c) {
     for (const int head_size : {64, 128}) {
@@ -203,7 +169,7 @@ TEST_F(HopperAttentionSteps, ManyTiles) {
 }
 
 TEST_F(AttentionKernels, Hopper) {
-  if (!OnHopper()) GTEST_SKIP() << "this device is not a Hopper";
+  if (!HasHopper()) GTEST_SKIP() << "this device is not a Hopper";
   CompareAll(AttentionKernel::kHopper, true);
 }
 
@@ -226,9 +192,10 @@ TEST_F(AttentionKernels, Row) { CompareAll(AttentionKernel::kRow, true); }
 
 // The same inputs give the same bits: a result that moves is a race.
 TEST_F(AttentionKernels, HopperRepeats) {
-  if (!OnHopper()) GTEST_SKIP() << "this device is not a Hopper";
+  if (!HasHopper()) GTEST_SKIP() << "this device is not a Hopper";
   const Shape shape{1, 5000, 4, 128};
-  const Tensor q = Random(shape).first, k = Random(shape).first, v = Random(shape).first;
+  const Tensor q = Upload(Random(shape), DType::kBF16), k = Upload(Random(shape), DType::kBF16);
+  const Tensor v = Upload(Random(shape), DType::kBF16);
   AttentionProblem problem;
   problem.batch = 1;
   problem.heads = 4;

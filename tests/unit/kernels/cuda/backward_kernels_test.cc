@@ -1,16 +1,12 @@
 // Each of the gradients' kernels against the one with a warp per row, in f32.
 #include <gtest/gtest.h>
 
-#include <algorithm>
 #include <cmath>
-#include <memory>
-#include <random>
 #include <string>
-#include <vector>
 
 #include "kernels/cuda/attention/backward.h"
 #include "kernels/cuda/attention/problem.h"
-#include "kernels/cuda/cuda_backend.h"
+#include "tests/unit/kernels/cuda/kernel_test.h"
 
 namespace slalom::cuda {
 namespace {
@@ -27,71 +23,28 @@ std::string Name(const Case& c) {
          std::to_string(c.block_q) + "x" + std::to_string(c.block_k);
 }
 
-class BackwardTest : public testing::Test {
+class BackwardTest : public KernelTest {
  protected:
-  void SetUp() override {
-    if (CudaDeviceCount() == 0) GTEST_SKIP() << "this machine has no CUDA device";
-    backend_ = std::make_unique<CudaBackend>(0, BackendOptions{});
-  }
-  bool HasHopper() const { return backend_->context().compute_major == 9; }
-
   // Values that are exact in bf16, in both types.
   struct Both {
     Tensor narrow, wide;
     const Tensor& as(DType type) const { return type == DType::kBF16 ? narrow : wide; }
   };
-  Both Random(const Shape& shape) {
-    const Tensor host = Tensor::Host(shape, DType::kF32);
-    std::normal_distribution<float> normal;
-    for (std::int64_t i = 0; i < host.NumElements(); ++i) {
-      host.data<float>()[i] = static_cast<float>(BFloat16(normal(random_)));
-    }
-    Both both{backend_->Allocate(shape, DType::kBF16), backend_->Allocate(shape, DType::kF32)};
-    backend_->Copy(host, both.narrow);
-    backend_->Copy(host, both.wide);
-    return both;
-  }
-  Tensor Poisoned(const Shape& shape, DType type) {
-    const Tensor host = Tensor::Host(shape, DType::kF32);
-    std::fill_n(host.data<float>(), host.NumElements(), NAN);
-    const Tensor device = backend_->Allocate(shape, type);
-    backend_->Copy(host, device);
-    return device;
-  }
-  std::vector<float> Download(const Tensor& tensor) {
-    const Tensor host = Tensor::Host(tensor.shape(), DType::kF32);
-    backend_->Copy(tensor, host);
-    return {host.data<float>(), host.data<float>() + host.NumElements()};
+  Both RandomBoth(const Shape& shape) {
+    const Tensor host = Random(shape);
+    return {Upload(host, DType::kBF16), Upload(host, DType::kF32)};
   }
 
   BlockMap RandomMap(const Case& c) {
-    const std::int64_t nq = (c.length + c.block_q - 1) / c.block_q;
-    const std::int64_t nk = (c.length + c.block_k - 1) / c.block_k;
-    const Tensor host = Tensor::Host({c.batch, c.heads, nq, nk}, DType::kU8);
-    for (std::int64_t i = 0; i < host.NumElements(); ++i) {
+    return MapOf(c.batch, c.heads, c.length, c.block_q, c.block_k, [&] {
       const bool critical = c.share >= 5 || static_cast<int>(random_() % 4) < c.share;
-      host.data<std::uint8_t>()[i] = critical ? 1 : random_() % 2 * 2;
-    }
-    const Tensor device = backend_->Allocate(host.shape(), DType::kU8);
-    backend_->Copy(host, device);
-    return backend_->BlockMapFromClasses(device, c.block_q, c.block_k);
+      return critical ? 1 : random_() % 2 * 2;
+    });
   }
 
-  // The worst element may be off by 2^-6 of the largest: P, dS and the result are rounded to bf16.
-  void ExpectNear(const Tensor& actual, const Tensor& exact, const std::string& what) {
-    const std::vector<float> a = Download(actual), b = Download(exact);
-    float largest = 0.0f, error = 0.0f;
-    std::size_t worst = 0;
-    for (std::size_t i = 0; i < a.size(); ++i) {
-      ASSERT_TRUE(std::isfinite(a[i])) << what << " element " << i << " is " << a[i];
-      largest = std::max(largest, std::abs(b[i]));
-      if (std::abs(a[i] - b[i]) > error) {
-        error = std::abs(a[i] - b[i]);
-        worst = i;
-      }
-    }
-    EXPECT_LE(error, 0x1p-6f * largest)
-        << what << " element " << worst << " is " << a[worst] << ", by rows " << b[worst];
+  // P, dS and the result are rounded to bf16.
+  void ExpectClose(const Tensor& actual, const Tensor& exact, const std::string& what) {
+    ExpectNear(Download(actual), Download(exact), 0x1p-6f, what);
   }
 
   struct Gradients {
@@ -134,11 +87,7 @@ class BackwardTest : public testing::Test {
     problem.delta = delta.data<float>();
     Gradients result;
     for (Tensor* x : {&result.q, &result.k, &result.v}) {
-      *x = Poisoned(shape, type);
-      if (!accumulate) continue;
-      const Tensor ones = Tensor::Host(shape, DType::kF32);
-      std::fill_n(ones.data<float>(), ones.NumElements(), 1.0f);
-      backend_->Copy(ones, *x);
+      *x = Filled(shape, type, accumulate ? 1.0f : NAN);
     }
     problem.d_q = result.q.raw();
     problem.d_k = result.k.raw();
@@ -150,14 +99,15 @@ class BackwardTest : public testing::Test {
 
   void CompareSparse(const Case& c, GradientKernel kernel, bool accumulate = false) {
     const Shape shape{c.batch, c.length, c.heads, c.head_size};
-    const Both q = Random(shape), k = Random(shape), v = Random(shape), d_out = Random(shape);
+    const Both q = RandomBoth(shape), k = RandomBoth(shape), v = RandomBoth(shape),
+               d_out = RandomBoth(shape);
     const BlockMap map = RandomMap(c);
     const Gradients exact =
         RunSparse(c, GradientKernel::kRow, DType::kF32, q, k, v, d_out, map, accumulate);
     const Gradients result = RunSparse(c, kernel, DType::kBF16, q, k, v, d_out, map, accumulate);
-    ExpectNear(result.q, exact.q, Name(c) + " d_q");
-    ExpectNear(result.k, exact.k, Name(c) + " d_k");
-    ExpectNear(result.v, exact.v, Name(c) + " d_v");
+    ExpectClose(result.q, exact.q, Name(c) + " d_q");
+    ExpectClose(result.k, exact.k, Name(c) + " d_k");
+    ExpectClose(result.v, exact.v, Name(c) + " d_v");
   }
 
   void CompareAll(GradientKernel kernel) {
@@ -175,9 +125,10 @@ class BackwardTest : public testing::Test {
 
   void CompareLinear(const Case& c, Feature feature, LinearScope scope, bool projected) {
     const Shape shape{c.batch, c.length, c.heads, c.head_size};
-    const Both q = Random(shape), k = Random(shape), v = Random(shape), d_out = Random(shape);
+    const Both q = RandomBoth(shape), k = RandomBoth(shape), v = RandomBoth(shape),
+               d_out = RandomBoth(shape);
     const BlockMap map = RandomMap(c);
-    const Tensor weight = Random({c.head_size, c.head_size}).wide;
+    const Tensor weight = Upload(Random({c.head_size, c.head_size}), DType::kF32);
     const Tensor cos = Poisoned({c.length, c.head_size / 2}, DType::kF32);
     const Tensor sin = Poisoned({c.length, c.head_size / 2}, DType::kF32);
     FillAngles(cos, sin);
@@ -206,11 +157,11 @@ class BackwardTest : public testing::Test {
     const LinearGradientArgs exact = run(DType::kF32), result = run(DType::kBF16);
     const std::string what = Name(c) + " feature " + std::to_string(static_cast<int>(feature)) +
                              " scope " + std::to_string(static_cast<int>(scope));
-    ExpectNear(result.delta, exact.delta, what + " delta");
-    ExpectNear(result.d_q, exact.d_q, what + " d_q");
-    ExpectNear(result.d_k, exact.d_k, what + " d_k");
-    ExpectNear(result.d_v, exact.d_v, what + " d_v");
-    if (projected) ExpectNear(result.d_proj_weight, exact.d_proj_weight, what + " d_weight");
+    ExpectClose(result.delta, exact.delta, what + " delta");
+    ExpectClose(result.d_q, exact.d_q, what + " d_q");
+    ExpectClose(result.d_k, exact.d_k, what + " d_k");
+    ExpectClose(result.d_v, exact.d_v, what + " d_v");
+    if (projected) ExpectClose(result.d_proj_weight, exact.d_proj_weight, what + " d_weight");
   }
 
   void FillAngles(const Tensor& cos, const Tensor& sin) {
@@ -223,9 +174,6 @@ class BackwardTest : public testing::Test {
     backend_->Copy(c, cos);
     backend_->Copy(s, sin);
   }
-
-  std::unique_ptr<CudaBackend> backend_;
-  std::mt19937 random_{17};
 };
 
 using SparseGradientKernels = BackwardTest;

@@ -3,14 +3,9 @@
 
 #include <gtest/gtest.h>
 
-#include <algorithm>
-#include <cmath>
-#include <memory>
-#include <random>
 #include <string>
-#include <utility>
 
-#include "kernels/cuda/cuda_backend.h"
+#include "tests/unit/kernels/cuda/kernel_test.h"
 
 namespace slalom::cuda {
 namespace {
@@ -24,36 +19,10 @@ struct Case {
   bool project = true, accumulate = true;
 };
 
-class LinearBranchKernels : public testing::Test {
+class LinearBranchKernels : public KernelTest {
  protected:
-  void SetUp() override {
-    if (CudaDeviceCount() == 0) GTEST_SKIP() << "this machine has no CUDA device";
-    backend_ = std::make_unique<CudaBackend>(0, BackendOptions{});
-  }
-
-  // Values that are exact in bf16.
-  Tensor Random(const Shape& shape, float scale = 1.0f) {
-    const Tensor host = Tensor::Host(shape, DType::kF32);
-    std::normal_distribution<float> normal(0.0f, scale);
-    for (std::int64_t i = 0; i < host.NumElements(); ++i) {
-      host.data<float>()[i] = static_cast<float>(BFloat16(normal(random_)));
-    }
-    return host;
-  }
-  Tensor Upload(const Tensor& host, DType type) {
-    const Tensor device = backend_->Allocate(host.shape(), type);
-    backend_->Copy(host, device);
-    return device;
-  }
-
   BlockMap RandomMap(const Case& c) {
-    const Shape shape{c.batch, c.heads, (c.length + c.block_q - 1) / c.block_q,
-                      (c.length + c.block_k - 1) / c.block_k};
-    const Tensor classes = Tensor::Host(shape, DType::kU8);
-    for (std::int64_t i = 0; i < classes.NumElements(); ++i) {
-      classes.data<std::uint8_t>()[i] = static_cast<std::uint8_t>(random_() % 3);
-    }
-    return backend_->BlockMapFromClasses(Upload(classes, DType::kU8), c.block_q, c.block_k);
+    return MapOf(c.batch, c.heads, c.length, c.block_q, c.block_k, [&] { return random_() % 3; });
   }
 
   void Compare(const Case& c) {
@@ -83,38 +52,19 @@ class LinearBranchKernels : public testing::Test {
       EXPECT_EQ(TensorCoreLinearBranchFits(args), type == DType::kBF16);
       type == DType::kBF16 ? TensorCoreLinearBranch(backend_->context(), args, kernel)
                            : LinearBranch(backend_->context(), args);
-      const Tensor out = Tensor::Host(shape, DType::kF32);
-      backend_->Copy(args.out, out);
-      return out;
+      return Download(args.out);
     };
-    const Tensor expected = run(DType::kF32, StateKernelKind::kTensorCore);
-    ExpectNear(c, expected, run(DType::kBF16, StateKernelKind::kTensorCore), "mma.sync");
+    const auto expected = run(DType::kF32, StateKernelKind::kTensorCore);
+    const std::string what = " B " + std::to_string(c.batch) + " L " + std::to_string(c.length) +
+                             " H " + std::to_string(c.heads) + " D " + std::to_string(c.head_size) +
+                             " feature " + std::to_string(static_cast<int>(c.feature)) + " scope " +
+                             std::to_string(static_cast<int>(c.scope));
+    ExpectNear(run(DType::kBF16, StateKernelKind::kTensorCore), expected, 0x1p-7f,
+               "mma.sync," + what);
     if (ChooseStateKernel(backend_->context().compute_major) == StateKernelKind::kHopper) {
-      ExpectNear(c, expected, run(DType::kBF16, StateKernelKind::kHopper), "wgmma");
+      ExpectNear(run(DType::kBF16, StateKernelKind::kHopper), expected, 0x1p-7f, "wgmma," + what);
     }
   }
-
-  static void ExpectNear(const Case& c, const Tensor& expected, const Tensor& actual,
-                         const std::string& kernel) {
-    float largest = 0.0f, worst = 0.0f;
-    std::int64_t at = 0;
-    for (std::int64_t i = 0; i < expected.NumElements(); ++i) {
-      const float error = std::abs(actual.data<float>()[i] - expected.data<float>()[i]);
-      largest = std::max(largest, std::abs(expected.data<float>()[i]));
-      if (error <= worst) continue;  // a NaN is the worst
-      worst = error;
-      at = i;
-      if (std::isnan(error)) break;
-    }
-    EXPECT_LE(worst, largest * 0x1p-7f)
-        << kernel << ", element " << at << " of " << ToString(expected.shape()) << ": "
-        << actual.data<float>()[at] << " instead of " << expected.data<float>()[at] << ", feature "
-        << static_cast<int>(c.feature) << ", scope " << static_cast<int>(c.scope);
-  }
-
- private:
-  std::unique_ptr<CudaBackend> backend_;
-  std::mt19937 random_{testing::UnitTest::GetInstance()->random_seed() + 1u};
 };
 
 TEST_F(LinearBranchKernels, OneTile) {

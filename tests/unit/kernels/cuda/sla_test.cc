@@ -4,13 +4,10 @@
 
 #include <gtest/gtest.h>
 
-#include <algorithm>
-#include <cmath>
-#include <memory>
-#include <random>
 #include <string>
+#include <vector>
 
-#include "kernels/cuda/cuda_backend.h"
+#include "tests/unit/kernels/cuda/kernel_test.h"
 
 namespace slalom::cuda {
 namespace {
@@ -33,40 +30,19 @@ std::string Name(const Case& c) {
          std::to_string(c.critical_of_8);
 }
 
-class SlaKernels : public testing::Test {
+class SlaKernels : public KernelTest {
  protected:
   void SetUp() override {
-    if (CudaDeviceCount() == 0) GTEST_SKIP() << "this machine has no CUDA device";
-    backend_ = std::make_unique<CudaBackend>(0, BackendOptions{});
-    if (backend_->context().compute_major != 9) GTEST_SKIP() << "this device is not a Hopper";
-  }
-
-  // Values that are exact in bf16.
-  Tensor Random(const Shape& shape, float scale = 1.0f) {
-    const Tensor host = Tensor::Host(shape, DType::kF32);
-    std::normal_distribution<float> normal(0.0f, scale);
-    for (std::int64_t i = 0; i < host.NumElements(); ++i) {
-      host.data<float>()[i] = static_cast<float>(BFloat16(normal(random_)));
-    }
-    return host;
-  }
-  Tensor Upload(const Tensor& host, DType type) {
-    const Tensor device = backend_->Allocate(host.shape(), type);
-    backend_->Copy(host, device);
-    return device;
+    KernelTest::SetUp();
+    if (!IsSkipped() && !HasHopper()) GTEST_SKIP() << "this device is not a Hopper";
   }
 
   // Rows of blocks may be without critical ones, or without any in scope.
   BlockMap RandomMap(const Case& c) {
-    const Shape shape{c.batch, c.heads, (c.length + c.block_q - 1) / c.block_q,
-                      (c.length + c.block_k - 1) / c.block_k};
-    const Tensor classes = Tensor::Host(shape, DType::kU8);
-    for (std::int64_t i = 0; i < classes.NumElements(); ++i) {
+    return MapOf(c.batch, c.heads, c.length, c.block_q, c.block_k, [&] {
       const bool critical = static_cast<int>(random_() % 8) < c.critical_of_8;
-      classes.data<std::uint8_t>()[i] =
-          critical ? 1 : static_cast<std::uint8_t>(random_() % 3 == 0 ? 0 : 2);
-    }
-    return backend_->BlockMapFromClasses(Upload(classes, DType::kU8), c.block_q, c.block_k);
+      return critical ? 1 : (random_() % 3 == 0 ? 0 : 2);
+    });
   }
 
   struct Inputs {
@@ -80,9 +56,7 @@ class SlaKernels : public testing::Test {
             Random({c.head_size}), RandomMap(c)};
   }
 
-  Tensor Run(const Case& c, const Inputs& in, DType type, SlaWay way) {
-    const Tensor poison = Tensor::Host(in.q.shape(), DType::kF32);
-    std::fill_n(poison.data<float>(), poison.NumElements(), NAN);
+  std::vector<float> Run(const Case& c, const Inputs& in, DType type, SlaWay way) {
     SlaArgs args;
     args.q = Upload(in.q, type);
     args.k = Upload(in.k, type);
@@ -92,32 +66,18 @@ class SlaKernels : public testing::Test {
     args.feature_map = c.feature_map;
     args.proj_weight = Upload(in.weight, DType::kF32);
     args.proj_bias = Upload(in.bias, DType::kF32);
-    args.out = Upload(poison, type);
+    args.out = Poisoned(in.q.shape(), type);
     SlaAttention(backend_->context(), args, way);
-    const Tensor out = Tensor::Host(in.q.shape(), DType::kF32);
-    backend_->Copy(args.out, out);
-    return out;
+    return Download(args.out);
   }
 
   void Compare(const Case& c) {
     const Inputs in = RandomInputs(c);
-    const Tensor expected = Run(c, in, DType::kF32, SlaWay::kSeparate);
+    const std::vector<float> expected = Run(c, in, DType::kF32, SlaWay::kSeparate);
+    // Probabilities, features, sums and the result are each rounded to bf16 once.
     for (const SlaWay way : {SlaWay::kFused, SlaWay::kSeparate}) {
-      const Tensor actual = Run(c, in, DType::kBF16, way);
-      float largest = 0.0f, worst = 0.0f;
-      std::int64_t at = 0;
-      for (std::int64_t i = 0; i < expected.NumElements(); ++i) {
-        const float wanted = expected.data<float>()[i], got = actual.data<float>()[i];
-        ASSERT_TRUE(std::isfinite(got)) << Name(c) << " element " << i;
-        largest = std::max(largest, std::abs(wanted));
-        if (std::abs(got - wanted) <= worst) continue;
-        worst = std::abs(got - wanted);
-        at = i;
-      }
-      // Probabilities, features, sums and the result are each rounded to bf16 once.
-      EXPECT_LE(worst, largest * 0x1p-7f)
-          << (way == SlaWay::kFused ? "fused, " : "separate, ") << Name(c) << ", element " << at
-          << ": " << actual.data<float>()[at] << " instead of " << expected.data<float>()[at];
+      ExpectNear(Run(c, in, DType::kBF16, way), expected, 0x1p-7f,
+                 (way == SlaWay::kFused ? "fused, " : "separate, ") + Name(c));
     }
   }
 
@@ -127,10 +87,6 @@ class SlaKernels : public testing::Test {
       Compare(c);
     }
   }
-
- private:
-  std::unique_ptr<CudaBackend> backend_;
-  std::mt19937 random_{23};
 };
 
 // From one tile to many: the first that fails says where to look.
@@ -190,12 +146,9 @@ TEST_F(SlaKernels, FusedRepeats) {
     for (const int block_q : {64, 128}) {
       const Case c{.length = 5000, .heads = 4, .scope = scope, .block_q = block_q};
       const Inputs in = RandomInputs(c);
-      const Tensor first = Run(c, in, DType::kBF16, SlaWay::kFused);
+      const std::vector<float> first = Run(c, in, DType::kBF16, SlaWay::kFused);
       for (int i = 0; i < 10; ++i) {
-        const Tensor again = Run(c, in, DType::kBF16, SlaWay::kFused);
-        ASSERT_TRUE(std::equal(first.data<float>(), first.data<float>() + first.NumElements(),
-                               again.data<float>()))
-            << Name(c);
+        ASSERT_EQ(first, Run(c, in, DType::kBF16, SlaWay::kFused)) << Name(c);
       }
     }
   }
