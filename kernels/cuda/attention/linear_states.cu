@@ -54,7 +54,7 @@ __global__ void __launch_bounds__(kThreads)
     for (int i = 0; i < kOwnRows; ++i) rows[group * kOwnRows + i][column] = sum[i];
     __syncthreads();
     float product[kOwnRows] = {};
-#pragma unroll 4
+#pragma unroll 8
     for (int c = 0; c < kD; c += 4) {
       float w[4];
 #pragma unroll
