@@ -43,14 +43,7 @@ void CheckSla(const SlaBackwardArgs& args) {
 
 // What the linear branch gives; it is done first, and the sparse branch adds to it.
 void LinearPart(const Context& context, const SlaBackwardArgs& args, const Tensor& delta) {
-  LinearGradientArgs linear;
-  linear.q = args.q;
-  linear.k = args.k;
-  linear.v = args.v;
-  linear.feature = FeatureOf(args.feature_map);
-  linear.scope = args.scope;
-  linear.map = args.map;
-  linear.proj_weight = args.proj_weight;
+  auto linear = SlaLinear<LinearGradientArgs>(args);
   linear.d_out = args.d_out;
   linear.d_q = args.d_q;
   linear.d_k = args.d_k;

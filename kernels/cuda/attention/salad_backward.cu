@@ -139,13 +139,7 @@ class Run {
     product.out = d_branch.raw();
     context_.gemm->Run(product);
 
-    LinearGradientArgs gradient;
-    gradient.q = args_.q_normed;
-    gradient.k = args_.k_normed;
-    gradient.v = args_.v;
-    gradient.feature = Feature::kRotatedRelu;
-    gradient.cos = args_.cos;
-    gradient.sin = args_.sin;
+    auto gradient = SaladLinear<LinearGradientArgs>(args_);
     gradient.d_out = d_branch;
     gradient.d_q = args_.d_q_normed;
     gradient.d_k = args_.d_k_normed;

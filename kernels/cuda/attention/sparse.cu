@@ -184,14 +184,7 @@ void CheckSla(const SlaArgs& args) {
 }
 
 LinearBranchArgs SlaLinearArgs(const SlaArgs& args) {
-  LinearBranchArgs linear;
-  linear.q = args.q;
-  linear.k = args.k;
-  linear.v = args.v;
-  linear.feature = FeatureOf(args.feature_map);
-  linear.scope = args.scope;
-  linear.map = args.map;
-  linear.proj_weight = args.proj_weight;
+  auto linear = SlaLinear<LinearBranchArgs>(args);
   linear.proj_bias = args.proj_bias;
   linear.accumulate = true;
   linear.out = args.out;

@@ -25,16 +25,36 @@ void SaladGates(const Context& context, const Tensor& x, const Tensor& weight, c
 // Every value of a sample becomes their mean; values [B, L] f32.
 void AverageSamples(const Context& context, const Tensor& values);
 
-// SALAD's linear branch, as LinearBranch takes it. Args is SaladArgs or SaladBackwardArgs.
-template <class Args>
-LinearBranchArgs SaladLinearArgs(const Args& args, const Tensor& out) {
-  LinearBranchArgs linear;
+// What the linear branches read. Linear is LinearBranchArgs or LinearGradientArgs, Args the struct
+// of either direction.
+template <class Linear, class Args>
+Linear SlaLinear(const Args& args) {
+  Linear linear;
+  linear.q = args.q;
+  linear.k = args.k;
+  linear.v = args.v;
+  linear.feature = FeatureOf(args.feature_map);
+  linear.scope = args.scope;
+  linear.map = args.map;
+  linear.proj_weight = args.proj_weight;
+  return linear;
+}
+template <class Linear, class Args>
+Linear SaladLinear(const Args& args) {
+  Linear linear;
   linear.q = args.q_normed;
   linear.k = args.k_normed;
   linear.v = args.v;
   linear.feature = Feature::kRotatedRelu;
   linear.cos = args.cos;
   linear.sin = args.sin;
+  return linear;
+}
+
+// SALAD's linear branch, as LinearBranch takes it.
+template <class Args>
+LinearBranchArgs SaladLinearArgs(const Args& args, const Tensor& out) {
+  auto linear = SaladLinear<LinearBranchArgs>(args);
   linear.out = out;
   return linear;
 }
