@@ -293,40 +293,37 @@ __global__ void __launch_bounds__(kRowThreads, 2) RowKernel(const RowParameters 
 }
 
 // The last rows of states [heads, chunks, kD + 1, kD] become -sum of a_t delta_t over a chunk's
-// tokens. Grid (chunks, heads); a thread has a pair of channels of every kThreads / (kD / 2)th
-// token.
+// tokens. Grid (chunks, heads); a thread has 8 channels of every kRows-th token.
 template <int kD, typename Out>
 __global__ void __launch_bounds__(kThreads)
     NormaliserKernel(const bf16* a, const float* delta, std::int64_t length, int heads,
                      int first_head, int chunk, Out* states) {
-  constexpr int kPairs = kD / 2, kRows = kThreads / kPairs;
-  __shared__ float2 partial[kRows][kPairs];
+  constexpr int kLanes = kD / 8, kRows = kThreads / kLanes;
+  __shared__ __align__(16) float partial[kRows][kD];
   const int head_index = first_head + blockIdx.y;
-  const int pair = threadIdx.x % kPairs, own = threadIdx.x / kPairs;
+  const int channel = static_cast<int>(threadIdx.x) % kLanes * 8;
+  const int own = static_cast<int>(threadIdx.x) / kLanes;
   const std::int64_t stride = std::int64_t{heads} * kD;
   const std::int64_t start = head_index / heads * length * stride + head_index % heads * kD;
   const std::int64_t first = std::int64_t{blockIdx.x} * chunk;
   const std::int64_t end = min(first + chunk, length);
-  float2 sum = make_float2(0.0f, 0.0f);
+  float sum[8] = {};
 #pragma unroll 4
   for (std::int64_t t = first + own; t < end; t += kRows) {
-    const float2 x =
-        UnpackBf16(*reinterpret_cast<const std::uint32_t*>(a + start + t * stride + pair * 2));
+    float x[8];
+    LoadFloats<8>(a + start + t * stride + channel, x);
     const float factor = delta[head_index * length + t];
-    sum.x -= factor * x.x;
-    sum.y -= factor * x.y;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) sum[i] -= factor * x[i];
   }
-  partial[own][pair] = sum;
+  StoreFloats<8>(&partial[own][channel], sum);
   __syncthreads();
-  if (own != 0) return;
-  for (int r = 1; r < kRows; ++r) {
-    sum.x += partial[r][pair].x;
-    sum.y += partial[r][pair].y;
-  }
-  Out* to = states + (std::int64_t{blockIdx.y} * gridDim.x + blockIdx.x) * ((kD + 1) * kD) +
-            kD * kD + pair * 2;
-  to[0] = FromFloat<Out>(sum.x);
-  to[1] = FromFloat<Out>(sum.y);
+  const int c = static_cast<int>(threadIdx.x);
+  if (c >= kD) return;
+  float total = 0.0f;
+  for (int r = 0; r < kRows; ++r) total += partial[r][c];
+  states[(std::int64_t{blockIdx.y} * gridDim.x + blockIdx.x) * ((kD + 1) * kD) + kD * kD + c] =
+      FromFloat<Out>(total);
 }
 
 // sums [heads, elements] = the sum of states [heads, chunks, elements]. Grid (elements, heads).
