@@ -28,11 +28,16 @@ inline void Check(int result, const char* what) {
 struct Deleter {
   void operator()(AVCodecContext* p) const { avcodec_free_context(&p); }
   void operator()(AVFormatContext* p) const { avformat_free_context(p); }
+  void operator()(AVIOContext* p) const {
+    av_freep(&p->buffer);
+    avio_context_free(&p);
+  }
   void operator()(AVPacket* p) const { av_packet_free(&p); }
   void operator()(AVFrame* p) const { av_frame_free(&p); }
   void operator()(SwsContext* p) const { sws_freeContext(p); }
 };
 using CodecContext = std::unique_ptr<AVCodecContext, Deleter>;
+using Io = std::unique_ptr<AVIOContext, Deleter>;  // one with a buffer from av_malloc
 using Muxer = std::unique_ptr<AVFormatContext, Deleter>;
 using Packet = std::unique_ptr<AVPacket, Deleter>;
 using Frame = std::unique_ptr<AVFrame, Deleter>;

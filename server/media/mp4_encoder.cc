@@ -104,14 +104,6 @@ class Mp4Encoder::Impl {
     OpenMuxer();
   }
 
-  ~Impl() {
-    if (!muxer_) return;
-    if (muxer_->pb != nullptr) {
-      av_freep(&muxer_->pb->buffer);
-      avio_context_free(&muxer_->pb);
-    }
-  }
-
   void AddFrame(std::span<const std::byte> rgb) {
     const std::size_t expected = static_cast<std::size_t>(format_.width) * format_.height * 3;
     if (rgb.size() != expected) {
@@ -165,13 +157,13 @@ class Mp4Encoder::Impl {
     muxer_.reset(raw);
     auto* buffer = static_cast<unsigned char*>(av_malloc(kIoBufferBytes));
     if (buffer == nullptr) throw Error(ErrorCode::kResourceExhausted, "out of memory");
-    muxer_->pb =
-        avio_alloc_context(buffer, kIoBufferBytes, 1, this, nullptr, &Impl::Write, nullptr);
-    if (muxer_->pb == nullptr) {
+    io_.reset(avio_alloc_context(buffer, kIoBufferBytes, 1, this, nullptr, &Impl::Write, nullptr));
+    if (!io_) {
       av_free(buffer);
       throw Error(ErrorCode::kResourceExhausted, "out of memory");
     }
-    muxer_->pb->seekable = 0;
+    io_->seekable = 0;
+    muxer_->pb = io_.get();
     muxer_->flags |= AVFMT_FLAG_CUSTOM_IO | AVFMT_FLAG_BITEXACT;
     AVStream* stream = avformat_new_stream(muxer_.get(), nullptr);
     if (stream == nullptr) throw Error(ErrorCode::kResourceExhausted, "out of memory");
@@ -230,7 +222,8 @@ class Mp4Encoder::Impl {
   ffmpeg::Scaler scaler_;
   ffmpeg::Packet packet_;
   ffmpeg::Frame frame_;
-  ffmpeg::Muxer muxer_;
+  ffmpeg::Io io_;
+  ffmpeg::Muxer muxer_;            // writes through io_
   std::vector<std::byte> padded_;  // the frame that is being converted
   std::int64_t next_pts_ = 0;
   bool packets_since_flush_ = false;

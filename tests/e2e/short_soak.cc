@@ -23,7 +23,7 @@ void TestShortSoak(const std::string& slalomd, const std::string& model,
   options.model = model;
   options.folder = folder;
   options.jobs = kSanitized ? 40 : 120;
-  options.seconds_per_kill = kSanitized ? 8 : 1;
+  options.seconds_per_kill = 1;
   options.check_memory = !kSanitized;
   const SoakReport report = Soak(options);
   for (const std::string& problem : report.problems) ADD_FAILURE() << problem;

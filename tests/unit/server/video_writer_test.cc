@@ -193,6 +193,20 @@ TEST(Mp4EncoderTest, ReportsWhatItsOutputThrows) {
   }
 }
 
+// A job that is cancelled when its first frames come: there is nowhere to write the header. That
+// nothing is left behind, address sanitizer says.
+TEST(Mp4EncoderTest, ReportsAnOutputThatThrowsAtOnce) {
+  const auto refuse = [](std::span<const std::byte>) {
+    throw Error(ErrorCode::kCancelled, "the video has been removed");
+  };
+  try {
+    Mp4Encoder encoder({64, 48, 16, 75, 1}, refuse);
+    FAIL() << "the error was swallowed";
+  } catch (const Error& error) {
+    EXPECT_EQ(error.code(), ErrorCode::kCancelled);
+  }
+}
+
 // What a writer called back with.
 struct Collected {
   std::mutex mutex;
