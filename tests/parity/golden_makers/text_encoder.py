@@ -72,5 +72,6 @@ def make(goldens, vocab_size):
 
 def make_demo(goldens, demo):
     model = UMT5EncoderModel.from_pretrained(demo / "text_encoder", dtype=torch.float32).eval()
-    ids, mask = make_inputs(model.config.vocab_size, [14], 16)
+    # Several prompts: of few rows the worst element, which the bf16 rule compares, is a matter of luck.
+    ids, mask = make_inputs(model.config.vocab_size, [6, 12, 18, 24], 24)
     write(goldens, "demo_text_encoder", model, ids, mask, "demo")
