@@ -121,7 +121,10 @@ void BenchLinears(Bench& bench) {
 }
 
 void BenchRows(Bench& bench) {
-  if (!bench.Wanted("copy 800 MB") && !bench.Wanted("norm")) return;
+  if (!bench.Wanted("copy 800 MB") && !bench.Wanted("layer norm + modulation, f32 to bf16") &&
+      !bench.Wanted("rms norm, bf16") && !bench.Wanted("q/k norm + rope + means of 128")) {
+    return;
+  }
   Backend& backend = bench.backend();
   const Tensor x = bench.Random({1, kTokens, kWidth}, kBF16);
   const Tensor stream = bench.Random({1, kTokens, kWidth}, kF32);
