@@ -58,7 +58,7 @@ class Sizes:
     evaluation: tuple[tuple[int, int, int], ...] = ((256, 33, 128), (384, 49, 32))  # size, frames, captions
     sampling: tuple[str, ...] = ("--steps", "20")
     least: float = 1.0  # factor on the seconds a phase needs at least
-    tail: float = 30.0  # seconds that the transformer leaves to the evaluation
+    tail: float = 45.0  # seconds that the transformer leaves to the evaluation
 
 
 TINY = Sizes(vae=("--size", "32", "--crop", "16", "--frames", "9", "--pool", "8", "--batch", "1"),

@@ -49,7 +49,7 @@ def phases_of(args: argparse.Namespace) -> list[Phase]:
     def draw(name: str, after: str, gpu: int, *options: object) -> Phase:
         return Phase(f"draw {name}", finetune(
             "sample", "--model", stills, "--captions", work / "captions.json", "--out", work / "drawn" / name, "--size",
-            f"{size}x{size}", "--frames", 1, "--batch", 64, *(("--steps", 4) if args.tiny else ()), *options), 20, (after,),
+            f"{size}x{size}", "--frames", 1, "--raw", "--batch", 64, *(("--steps", 4) if args.tiny else ()), *options), 20, (after,),
             gpu)
 
     stills_set = ClipSet(size, 1, clips, min(clips, 64), (0, 1), batch, 1)
@@ -105,7 +105,7 @@ def main() -> int:
     args = parser.parse_args()
     args.work = args.work.resolve()
     call, phases = Call(args.work, args.minutes, args.gpus), phases_of(args)
-    write_captions(args.work / "captions.json", 4 if args.tiny else args.count, ".png")
+    write_captions(args.work / "captions.json", 4 if args.tiny else args.count, ".npy")
     model_folder(args.work / "dense" / "out", args.work / "model")
     status = call.run(phases)
     args.out.mkdir(parents=True, exist_ok=True)
