@@ -1,5 +1,7 @@
 // The gradients of SALAD: the linear branch and its projection are computed again; then backwards
 // through the gate, the projection and both branches.
+#include <algorithm>
+
 #include "kernels/cuda/attention/backward.h"
 #include "kernels/cuda/attention/sparse_parts.h"
 #include "kernels/cuda/check.h"
@@ -12,6 +14,7 @@ namespace slalom::cuda {
 namespace {
 
 constexpr int kThreads = 256;
+constexpr std::int64_t kProductTile = 128;  // of the library's kernels, about
 
 // slopes = gate * d_out, and d_gates[row] = d_out . projected. One block of threads per row.
 template <typename T>
@@ -186,17 +189,30 @@ class Run {
     TransposeKernel<T><<<grid, kThreads, 0, context_.stream>>>(
         slopes.template data<T>(), rows_, width_, stride, transposed.template data<T>());
     CheckLaunch("SaladAttentionBackward: transpose");
+    // A small projection would leave most of the device idle: the sum is cut into equal parts.
+    const std::int64_t tiles = (width_ + kProductTile - 1) / kProductTile;
+    std::int64_t parts = std::max<std::int64_t>(context_.sm_count / (tiles * tiles), 1);
+    while (parts > 1 && rows_ % (8 * parts) != 0) --parts;
+    const Tensor products =
+        parts == 1 ? args_.d_proj_weight : context_.Allocate({parts, width_, width_}, DType::kF32);
     GemmArgs product;
     product.m = product.n = product.ldb = product.ldo = width_;
-    product.k = rows_;
+    product.k = rows_ / parts;
     product.in_type = type_;
     product.out_type = DType::kF32;
     product.a = transposed.raw();
     product.lda = stride;
     product.b = branch.raw();
     product.b_is_kn = true;
-    product.out = args_.d_proj_weight.raw();
+    product.out = products.raw();
+    product.batch = parts;
+    if (parts > 1) {
+      product.a_stride = product.k;
+      product.b_stride = product.k * width_;
+      product.out_stride = width_ * width_;
+    }
     context_.gemm->Run(product);
+    if (parts > 1) SumColumns(context_, products, Tensor(), args_.d_proj_weight);
   }
 
   void Sparse(bool linear) {
