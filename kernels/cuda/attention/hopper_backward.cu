@@ -422,6 +422,7 @@ __device__ void ConsumeQueries(const Parameters& p, KeyStorage<kD>& shared, int 
   if (group == 1) ring.Next();
   int last = -1;  // the stage that the sums still read
   const auto release = [&] {
+    __syncwarp();  // all lanes have read their rows' lse and delta
     if (last >= 0 && threadIdx.x % 32 == 0) BarrierArrive(&shared.empty[last]);
   };
 #pragma unroll 1
