@@ -1,7 +1,7 @@
 """Times PyTorch's attention (FlashAttention-2 and cuDNN) and matrix products at the sizes of
 kernels_bench, to be run beside it on the same GPU. Needs PyTorch with CUDA.
 
-  peer_attention.py [--parts attention,products,convolutions,sweep] [--json FILE]
+  peer_attention.py [--parts attention,backward,products,convolutions,sweep] [--json FILE]
 """
 
 import argparse
@@ -68,6 +68,26 @@ def attention():
         dense_attention(length, f"torch {{}} {length} d128")
 
 
+def backward():
+    """FLOP: five products of the size of forward's two."""
+    length = 32760
+    q, k, v = (
+        torch.randn(
+            1, 12, length, 128, device="cuda", dtype=torch.bfloat16, requires_grad=True
+        )
+        for _ in range(3)
+    )
+    for name, backend in BACKENDS:
+        with sdpa_kernel(backend):
+            out = functional.scaled_dot_product_attention(q, k, v)
+            slopes = torch.randn_like(out)
+            report(
+                f"torch {name} {length} d128 backward",
+                10 * length * length * 12 * 128,
+                lambda: torch.autograd.grad(out, (q, k, v), slopes, retain_graph=True),
+            )
+
+
 def sweep():
     """At the lengths of kernels_bench's sweep, under its names."""
     for length in (8192, 16384, 32768, 65536, 131072):
@@ -100,9 +120,9 @@ def convolutions():
 
 
 def main():
-    parts = {f.__name__: f for f in (attention, products, convolutions, sweep)}
+    parts = {f.__name__: f for f in (attention, backward, products, convolutions, sweep)}
     parser = argparse.ArgumentParser()
-    parser.add_argument("--parts", default="attention,products,convolutions")
+    parser.add_argument("--parts", default="attention,backward,products,convolutions")
     parser.add_argument("--json")
     arguments = parser.parse_args()
     torch.manual_seed(0)
