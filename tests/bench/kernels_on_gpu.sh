@@ -155,7 +155,7 @@ rung salad             $operations '*AttentionTest.Salad*' 40
 backward=kernels_cuda_backward_test
 rung backward-mma-tile $backward 'SparseGradientKernels.TensorCoreOneTile' 20
 rung backward-mma      $backward 'SparseGradientKernels.TensorCore' 40
-for step in OneTile RaggedTile TwoConsumers RingWrapsAround Accumulates; do
+for step in OneTile RaggedTile TwoConsumers RingWrapsAround TwoTilesOfNarrowHeads Lists Accumulates; do
   rung "backward-hopper-$step" $backward "HopperGradientSteps.$step" 15
 done
 rung backward-hopper   $backward 'SparseGradientKernels.Hopper' 40
