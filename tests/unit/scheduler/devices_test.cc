@@ -92,10 +92,12 @@ TEST_F(DevicesTest, WhatWasLearnedSurvivesARestart) {
 TEST_F(DevicesTest, WhoCameBeforeAnythingWasKnownIsNotHeldBackByIt) {
   fake_.cost.step_work = 100;
   fake_.cost.step_seconds = 1000;  // quite wrong
-  journal().HoldAt("decode a", 3);
+  journal().Hold();  // so that nothing is measured before both are there
   Start();
   const auto a = Submit("a");
   const auto early = Submit("early");
+  journal().HoldAt("decode a", 3);
+  journal().Release();
   ASSERT_TRUE(journal().WaitFor("decode a", 3));
   // It was taken for 4000 s of work; the turns since then have seen steps.
   EXPECT_GT(early->accepted().eta_seconds, 4000);
