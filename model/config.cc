@@ -51,8 +51,8 @@ ClipLimits ReadLimits(const ConfigReader& reader) {
 }
 
 ClipDefaults ReadDefaults(const ConfigReader& reader, const ModelConfig& model) {
-  reader.RequireKnown(
-      {"width", "height", "num_frames", "fps", "steps", "guidance_scale", "flow_shift", "sampler"});
+  reader.RequireKnown({"width", "height", "num_frames", "fps", "steps", "guidance_scale",
+                       "flow_shift", "sampler", "attention"});
   ClipDefaults defaults;
   const int multiple = model.vae.spatial_scale() * model.transformer.patch_size[1];
   const auto side = [&](const char* key, int fallback, int max) {
@@ -87,6 +87,11 @@ ClipDefaults ReadDefaults(const ConfigReader& reader, const ModelConfig& model) 
   defaults.sampler = reader.Choice(
       "sampler", model.sampler.kind,
       {{"unipc", SamplerKind::kUniPc}, {"euler", SamplerKind::kEuler}, {"rcm", SamplerKind::kRcm}});
+  using Attention = std::optional<AttentionKind>;
+  defaults.attention = reader.Choice("attention", Attention(),
+                                     {{"dense", Attention(AttentionKind::kDense)},
+                                      {"sla", Attention(AttentionKind::kSla)},
+                                      {"salad", Attention(AttentionKind::kSalad)}});
   return defaults;
 }
 

@@ -3,6 +3,7 @@
 
 #include <array>
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -76,6 +77,7 @@ struct ClipDefaults {
   double guidance_scale = 5.0;
   double flow_shift = 3.0;  // else the sampler config's
   SamplerKind sampler = SamplerKind::kUniPc;
+  std::optional<AttentionKind> attention;  // else the first that has a trained adapter, else dense
 };
 
 // slalom.json, "limits".

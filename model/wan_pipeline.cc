@@ -93,7 +93,8 @@ ModelInfo Describe(const WanModel& model) {
     info.attention.push_back(
         {.kind = adapter.kind, .topk = adapter.map.topk, .sparsity = adapter.NominalSparsity()});
     // A model that was trained for sparse attention uses it unless told otherwise.
-    if (adapter.trained && info.defaults.attention == AttentionKind::kDense) {
+    const bool chosen = defaults.attention ? adapter.kind == *defaults.attention : adapter.trained;
+    if (chosen && info.defaults.attention == AttentionKind::kDense) {
       info.defaults.attention = adapter.kind;
       info.defaults.topk = adapter.map.topk;
     }

@@ -77,6 +77,7 @@ TEST_F(ModelConfigTest, ReadsThePublishedFolder) {
   EXPECT_EQ(model.defaults.steps, 50);
   EXPECT_EQ(model.defaults.guidance_scale, 5.0);
   EXPECT_EQ(model.defaults.flow_shift, 3.0);
+  EXPECT_EQ(model.defaults.attention, std::nullopt);
 }
 
 TEST_F(ModelConfigTest, AbsentKeysHaveWansValues) {
@@ -106,7 +107,8 @@ TEST_F(ModelConfigTest, ReadsTheOriginalKeyNames) {
 TEST_F(ModelConfigTest, ReadsOurOwnFile) {
   folder_.Write("wan/slalom.json", R"({"name": "demo",
     "defaults": {"width": 256, "height": 128, "num_frames": 33, "fps": 12, "steps": 8,
-                 "guidance_scale": 1.5, "flow_shift": 2.5, "sampler": "euler"},
+                 "guidance_scale": 1.5, "flow_shift": 2.5, "sampler": "euler",
+                 "attention": "salad"},
     "limits": {"max_width": 512, "max_height": 256, "max_frames": 49, "max_pixels": 4000000,
                "max_steps": 20, "max_prompt_bytes": 500}})");
   const ModelConfig model = Load();
@@ -119,6 +121,7 @@ TEST_F(ModelConfigTest, ReadsOurOwnFile) {
   EXPECT_EQ(model.defaults.guidance_scale, 1.5);
   EXPECT_EQ(model.defaults.flow_shift, 2.5);
   EXPECT_EQ(model.defaults.sampler, SamplerKind::kEuler);
+  EXPECT_EQ(model.defaults.attention, AttentionKind::kSalad);
   EXPECT_EQ(model.limits.max_width, 512);
   EXPECT_EQ(model.limits.max_height, 256);
   EXPECT_EQ(model.limits.max_frames, 49);

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cmath>
 #include <filesystem>
+#include <fstream>
 #include <limits>
 #include <map>
 #include <memory>
@@ -225,8 +226,8 @@ TEST_F(PipelineTest, SparseWithEverythingKeptIsDense) {
   }
 }
 
-// A folder with a trained SLA adapter: it is the default then, it changes the clip by its linear
-// branch and its LoRA, and dense attention is left as it was.
+// A folder with a trained SLA adapter: it is the default then, unless slalom.json says otherwise;
+// it changes the clip by its linear branch and its LoRA, and dense attention is left as it was.
 TEST_F(PipelineTest, ATrainedAdapterIsUsed) {
   TempFolder folder;
   WriteTinyModel(folder.path());
@@ -274,6 +275,8 @@ TEST_F(PipelineTest, ATrainedAdapterIsUsed) {
   write(/*lora=*/true);
   EXPECT_NE(run(AttentionKind::kSla).first, trained);
   EXPECT_EQ(run(AttentionKind::kDense).first, dense);
+  std::ofstream(folder / "slalom.json") << R"({"defaults": {"attention": "dense"}})";
+  EXPECT_EQ(run(std::nullopt).second.attention, AttentionKind::kDense);
 }
 
 TEST_F(PipelineTest, StatisticsAndEstimates) {
