@@ -65,7 +65,7 @@ void JobQueue::Push(QueuedJob* job) {
   fair_share_.Wait(job->tenant);
   PushIntoLane(job);
   if (job->view.priority != Priority::kHigh) {
-    pools_[job->pool].may_age.emplace(job->view.arrival, job);
+    pools_[job->pool].may_age.emplace(std::pair(job->view.arrival, job->view.sequence), job);
   }
   ++size_;
 }
@@ -76,7 +76,7 @@ void JobQueue::Remove(QueuedJob* job, bool begins) {
   if (job->lane == nullptr) return;
   job->view.rank = RankOf(*job);
   RemoveFromLane(job);
-  pools_[job->pool].may_age.erase({job->view.arrival, job});
+  pools_[job->pool].may_age.erase({job->view.arrival, job->view.sequence});
   fair_share_.StopWaiting(job->tenant, begins);
   --size_;
 }
@@ -133,8 +133,8 @@ void JobQueue::Age(SchedulerClock::time_point now) {
   for (auto& [number, pool] : pools_) {
     if (aged_credit_ < 0) return;
     if (pool.may_age.empty()) continue;
-    const auto [arrival, job] = *pool.may_age.begin();
-    const double waited = std::chrono::duration<double>(now - arrival).count();
+    QueuedJob* const job = pool.may_age.begin()->second;
+    const double waited = std::chrono::duration<double>(now - job->view.arrival).count();
     if (waited < order_.ageing_seconds || !HigherClassWaits(pool, *job)) continue;
     pool.may_age.erase(pool.may_age.begin());
     aged_credit_ -= job->device_seconds;

@@ -108,8 +108,8 @@ class JobQueue {
   };
   struct Pool {
     ClassLanes classes[kNumPriorities];
-    // Those below the highest class, by arrival.
-    std::set<std::pair<SchedulerClock::time_point, QueuedJob*>> may_age;
+    // Those below the highest class, by arrival and sequence.
+    std::map<std::pair<SchedulerClock::time_point, std::uint64_t>, QueuedJob*> may_age;
   };
 
   double Usage(int tenant) const;
