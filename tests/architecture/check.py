@@ -177,12 +177,16 @@ def compile_alone(header, flags, directory):
     return subprocess.run(command, cwd=directory, capture_output=True, text=True, check=False)
 
 
+def needs_cuda(name, path):
+    return name.startswith("kernels/cuda/") or '#include "kernels/cuda/' in path.read_text()
+
+
 def check_headers(root, compile_commands):
     flags = room_flags(json.loads(compile_commands.read_text()))
     work = []
     for name, path in sources(root):
-        if not name.endswith(".h") or name.startswith("kernels/cuda/"):
-            continue  # CUDA's headers are nvcc's business: its build compiles them
+        if not name.endswith(".h") or needs_cuda(name, path):
+            continue  # nvcc's business: its build compiles them, and elsewhere CUDA is not there
         # The flags of the nearest folder that has a source; a build without that room skips it.
         for folder in path.parents:
             if str(folder) in flags:
