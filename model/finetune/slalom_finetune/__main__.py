@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import sys
@@ -78,11 +79,22 @@ def _add_train(commands: argparse._SubParsersAction) -> None:
     group = parser.add_argument_group("training")
     group.add_argument("--train", choices=("proj", "lora", "all"), default=Plan.train)
     group.add_argument("--rank", type=int, default=Plan.rank)
+    group.add_argument("--lora-on", choices=("self", "all"), default=Plan.lora_on, help="self-attention's q, k, v, o; or "
+                       "cross-attention's q, o and the MLP too")
+    group.add_argument("--start", type=Path, help="an adapter to go on from")
     group.add_argument("--loss", choices=("diffusion", "teacher"), default=Plan.loss)
     group.add_argument("--block-loss", type=float, default=Plan.block_loss)
+    group.add_argument("--guided-loss", type=float, default=Plan.guided_loss, help="teacher: weight of the guided velocity's "
+                       "error; clips then go through with their caption and without, so --drop-text says nothing")
+    group.add_argument("--guidance", type=float, default=Plan.guidance)
+    group.add_argument("--trajectories", type=float, default=Plan.trajectories, help="guided: share of a batch that stands "
+                       "on the sampler's own way from noise to clip, half led by the teacher, half by the student")
+    group.add_argument("--sampler-steps", type=int, default=Plan.sampler_steps)
     length = group.add_mutually_exclusive_group()
     length.add_argument("--steps", type=int, default=Plan.steps)
     length.add_argument("--minutes", type=float, help="as many steps as fit, measured once, at the start")
+    length.add_argument("--clock-minutes", type=float, default=Plan.minutes, help="ends and lets the rates fall by the "
+                        "clock, where other work shares the machine; no two runs are then the same")
     group.add_argument("--batch", type=int, nargs="+", default=list(Plan.batches), help="one for each data file")
     group.add_argument("--turns", type=int, nargs="+", default=[], help="steps of each data file in its turn")
     group.add_argument("--rate", type=float, default=Plan.rate, help="of new parameters")
@@ -90,6 +102,7 @@ def _add_train(commands: argparse._SubParsersAction) -> None:
     group.add_argument("--warmup", type=int, default=Plan.warmup)
     group.add_argument("--average", type=float, default=Plan.average)
     group.add_argument("--shift", type=float, default=Plan.shift)
+    group.add_argument("--noise-levels", choices=("logit-normal", "uniform"), default=Plan.noise_levels)
     group.add_argument("--drop-text", type=float, default=Plan.drop_text)
     group.add_argument("--seed", type=int, default=Plan.seed)
     group.add_argument("--precision", choices=("f32", "bf16"), help="default: bf16 on a GPU")
@@ -122,10 +135,13 @@ def plan_of(args: argparse.Namespace, device: torch.device) -> Plan:
     if args.turns and (len(args.turns) != len(args.data) or min(args.turns) < 1):
         raise SystemExit("--turns takes one positive number for each data file")
     low = args.precision == "bf16" if args.precision else device.type == "cuda"
-    own = ("train", "rank", "loss", "block_loss", "steps", "rate", "base_rate", "warmup", "average", "shift", "drop_text",
-           "seed")
+    if args.guided_loss and args.loss != "teacher" or args.trajectories and not args.guided_loss:
+        raise SystemExit("--trajectories needs --guided-loss, and that needs --loss teacher")
+    own = ("train", "rank", "lora_on", "loss", "block_loss", "guided_loss", "guidance", "trajectories", "sampler_steps", "steps",
+           "rate", "base_rate", "warmup", "average", "shift", "noise_levels", "drop_text", "seed")
+    start = hashlib.sha256(args.start.read_bytes()).hexdigest() if args.start else ""
     return Plan(AttentionOptions.for_kind(args.attention, **given), batches=tuple(batches), turns=tuple(args.turns), low_precision=low,
-                **{name: getattr(args, name) for name in own})
+                minutes=args.clock_minutes, start=start, **{name: getattr(args, name) for name in own})
 
 
 def _with_steps(plan: Plan, places: Places, minutes: float) -> Plan:
@@ -143,7 +159,7 @@ def run_train(args: argparse.Namespace) -> int:
     torch.use_deterministic_algorithms(args.deterministic, warn_only=True)
     plan = plan_of(args, device)
     places = Places(args.model, args.data, args.work, args.out, args.save_seconds, snapshots=tuple(args.snapshots), compile=args.compile,
-                    recompute=args.recompute, device=device)
+                    recompute=args.recompute, start=args.start, device=device)
     if args.minutes:
         plan = _with_steps(plan, places, args.minutes)
     return Trainer(plan, places).run(deadline)

@@ -23,13 +23,19 @@ def adapter_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: value for name, value in state.items() if is_adapter_tensor(name)}
 
 
-def add_lora(model: WanTransformer, rank: int, seed: int) -> None:
-    """On q, k, v and o of every self-attention."""
+def lora_linears(where: str) -> tuple[str, ...]:
+    """The layers of a block that carry LoRA.  Cross-attention's k and v do not: they belong to the prompt, which clips
+    of every kind of attention share."""
+    attention = tuple(f"attn1.{name}" for name in ("to_q", "to_k", "to_v", "to_out.0"))
+    return attention if where == "self" else (*attention, "attn2.to_q", "attn2.to_out.0", "ffn.net.0.proj", "ffn.net.2")
+
+
+def add_lora(model: WanTransformer, rank: int, seed: int, where: str = "self") -> None:
+    """`where`: "self", q, k, v and o of every self-attention; "all", the other layers too."""
     generator = torch.Generator().manual_seed(seed)
     for block in model.blocks:
-        attention = block.attn1
-        for linear in (attention.to_q, attention.to_k, attention.to_v, attention.to_out[0]):
-            linear.add_lora(rank, generator)
+        for name in lora_linears(where):
+            block.get_submodule(name).add_lora(rank, generator)
 
 
 def save_adapter(state: dict[str, Tensor], options: AttentionOptions, folder: Path, notes: dict[str, str]) -> Path:
@@ -45,16 +51,24 @@ def load_adapter(model: WanTransformer, path: Path) -> AttentionOptions:
     options = AttentionOptions.from_metadata(read_metadata(path))
     tensors = load_file(path)
     model.adapt(options)
-    ranks = {value.shape[0] for name, value in tensors.items() if ".lora_A." in name}
-    if len(ranks) > 1:
-        raise ValueError(f"{path}: its LoRA has several ranks")
-    if ranks:
-        add_lora(model, ranks.pop(), seed=0)
+    linears = {f"blocks.{i}.{name}" for i in range(len(model.blocks)) for name in lora_linears("all")}
+    for name, value in tensors.items():
+        linear, _, part = name.rpartition(".lora_A.")
+        if part and linear in linears:
+            model.get_submodule(linear).add_lora(value.shape[0], torch.Generator())
     expected = set(adapter_state(model.state_dict()))
     if expected != set(tensors):
         raise ValueError(f"{path}: does not fit the model: {sorted(expected ^ set(tensors))[:4]}")
     model.load_state_dict({name: value.float() for name, value in tensors.items()}, strict=False)
     return options
+
+
+def start_from(model: WanTransformer, path: Path) -> None:
+    """An adapter's weights for a model that is adapted already.  What the file lacks stays as it is."""
+    tensors, there = load_file(path), adapter_state(model.state_dict())
+    if unlike := [name for name, value in tensors.items() if name not in there or there[name].shape != value.shape]:
+        raise ValueError(f"{path}: does not fit this plan: {unlike[:4]}")
+    model.load_state_dict({name: value.float() for name, value in tensors.items()}, strict=False)
 
 
 def save_transformer(state: dict[str, Tensor], source: Path, folder: Path) -> Path:

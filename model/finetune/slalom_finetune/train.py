@@ -18,12 +18,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .adapter import add_lora, is_adapter_tensor, save_adapter, save_transformer
+from .adapter import add_lora, is_adapter_tensor, save_adapter, save_transformer, start_from
 from .data import Batch, LatentSet
 from .deadline import UNFINISHED, Deadline
 from .files import write_atomically
 from .library import describe
 from .options import AttentionOptions
+from .trajectories import States, Trajectories
 from .wan import Tokens, WanTransformer
 
 PACE_STEPS = 4  # steps that are timed, and not taken, to learn how many fit into --minutes
@@ -36,9 +37,17 @@ class Plan:
     options: AttentionOptions
     train: str = "lora"  # "proj": the new parameters; "lora": these and LoRA on q, k, v, o; "all": every weight
     rank: int = 32
+    lora_on: str = "self"  # or "all": also on cross-attention's q and o and on the MLP
+    start: str = ""  # SHA-256 of the adapter that training starts from
     loss: str = "diffusion"  # or "teacher": the dense model's velocity
     block_loss: float = 0.0  # teacher: weight of the mean relative error of the blocks' outputs
+    # teacher: weight of the error of the guided velocity; every clip then goes through with its caption and without
+    guided_loss: float = 0.0
+    guidance: float = 3.0
+    trajectories: float = 0.0  # guided: share of a batch's clips that are on their way through the sampler
+    sampler_steps: int = 20
     steps: int = 1000
+    minutes: float = 0.0  # instead of steps: ends, and lets the rates fall, by the clock
     batches: tuple[int, ...] = (16,)  # one per data file; files take turns
     turns: tuple[int, ...] = ()  # steps that each file gets in its turn; one each when left out
     rate: float = 1e-3
@@ -46,6 +55,7 @@ class Plan:
     warmup: int = 50
     average: float = 0.999  # decay of the weights' moving average, which is what is written
     shift: float = 3.0
+    noise_levels: str = "logit-normal"  # or "uniform", as the sampler has them; before the shift
     drop_text: float = 0.1
     seed: int = 1
     low_precision: bool = False  # autocast to bfloat16
@@ -56,10 +66,13 @@ class Plan:
         rounds, place = divmod(step, len(order))
         return order[place], rounds * order.count(order[place]) + order[:place].count(order[place])
 
-    def rate_at(self, step: int) -> float:
+    def progress(self, step: int, seconds: float) -> float:
+        return seconds / (60 * self.minutes) if self.minutes else step / self.steps
+
+    def rate_at(self, step: int, seconds: float = 0.0) -> float:
         """Factor on the rates: linear warm-up, then a cosine down to 2 %."""
         return min(1.0, (step + 1) / max(self.warmup, 1)) * (
-            0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(step / self.steps, 1.0))))
+            0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(self.progress(step, seconds), 1.0))))
 
 
 @dataclass
@@ -75,6 +88,7 @@ class Places:
     snapshots: tuple[float, ...] = ()  # out/at-SHARE/attention at these shares of the steps
     compile: bool = False
     recompute: bool = False
+    start: Path | None = None  # an adapter's file
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
 
@@ -87,7 +101,7 @@ class Student(nn.Module):
         teacher = copy.deepcopy(model) if plan.loss == "teacher" and plan.train == "all" else None
         model.adapt(plan.options)
         if plan.train == "lora":
-            add_lora(model, plan.rank, plan.seed)
+            add_lora(model, plan.rank, plan.seed, plan.lora_on)
         self.model = model
         # Where the base weights stay, the model itself without its adapter is the teacher.
         self._teacher = [teacher or model]
@@ -100,13 +114,14 @@ class Student(nn.Module):
     def trainable(self) -> dict[str, nn.Parameter]:
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
-    def loss(self, x0: Tensor, noise: Tensor, sigma: Tensor, text: Tensor, mask: Tensor, tokens: Tokens) -> Tensor:
-        plan, mix = self.plan, sigma.view(-1, 1, 1, 1, 1)
-        x = (1 - mix) * x0 + mix * noise
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=plan.low_precision):
-            args = (x, 1000 * sigma, text, mask, tokens)
+    def loss(self, states: States, tokens: Tokens) -> tuple[Tensor, Tensor, Tensor]:
+        """The loss, and the velocities of student and teacher (of the guided ones where the plan asks for them)."""
+        plan = self.plan
+        with torch.autocast(states.x.device.type, torch.bfloat16, enabled=plan.low_precision):
+            args = (states.x, 1000 * states.sigma, states.text, states.mask, tokens)
             if plan.loss == "diffusion":
-                return F.mse_loss(self.model(*args).float(), noise - x0)
+                got = self.model(*args).float()
+                return F.mse_loss(got, states.target), got.detach(), states.target
             with torch.no_grad():
                 wanted, wanted_blocks = self._teacher[0](*args, adapted=False, keep_blocks=True)
             got, got_blocks = self.model(*args, keep_blocks=True)
@@ -114,7 +129,15 @@ class Student(nn.Module):
             if plan.block_loss:
                 errors = [F.mse_loss(a, b) / b.square().mean() for a, b in zip(got_blocks, wanted_blocks)]
                 total = total + plan.block_loss * torch.stack(errors).mean()
-            return total
+            if plan.guided_loss:
+                got, wanted = (self._guided(v) for v in (got, wanted))
+                total = total + plan.guided_loss * F.mse_loss(got, wanted)
+            return total, got.detach(), wanted
+
+    def _guided(self, velocity: Tensor) -> Tensor:
+        """Of batches whose second half has no captions."""
+        captioned, plain = velocity.chunk(2)
+        return plain + self.plan.guidance * (captioned - plain)
 
 
 def optimizer_of(student: Student) -> torch.optim.AdamW:
@@ -134,12 +157,15 @@ class Trainer:
         model = WanTransformer.load(places.model / "transformer").to(self.device)
         model.recompute = places.recompute
         self.student = Student(model, plan)
+        if places.start:
+            start_from(model, places.start)
         self.optimizer = optimizer_of(self.student)
         self.average = {name: p.detach().clone() for name, p in self.student.trainable().items()}
         self.tokens = [model.tokens(data.latents[:1].to(self.device)) for data in self.sets]
         self.objective = torch.compile(self.student.loss, dynamic=False) if places.compile else self.student.loss
-        self.step, self.spent, self.saved = 0, 0.0, time.time()
+        self.step, self.spent, self.begun, self.saved = 0, 0.0, 0.0, time.time()
         self.losses: list[Tensor] = []
+        self.walks: dict[int, Trajectories] = {}  # by data file
 
     def _place(self, data: LatentSet) -> LatentSet:
         """On a GPU whole, when it is small."""
@@ -147,22 +173,44 @@ class Trainer:
 
     # --- one step ---
 
-    def compute(self, step: int) -> Tensor:
+    def _placed(self, batch: Batch) -> Batch:
+        latents, text, mask = (t.to(self.device, non_blocking=True) for t in (batch.latents, batch.text, batch.mask))
+        return Batch(latents, text.float(), mask)
+
+    def compute(self, step: int, walk: bool = False) -> Tensor:
+        """The loss of one step, and its gradients.  `walk`: clips in the sampler go on."""
         plan, (which, before) = self.plan, self.plan.batch_of(step)
-        data = self.sets[which].batch(before, plan.batches[which], plan.seed, plan.drop_text)
-        batch = Batch(*(t.to(self.device, non_blocking=True) for t in (data.latents, data.text, data.mask)))
+        data = self.sets[which]
+        batch = self._placed(data.batch(before, plan.batches[which], plan.seed, 0.0 if plan.guided_loss else plan.drop_text))
         draws = torch.Generator(self.device).manual_seed(plan.seed * 1_000_003 + step)
-        u = torch.sigmoid(torch.randn(len(batch.latents), generator=draws, device=self.device))
+        if plan.noise_levels == "uniform":
+            u = torch.rand(len(batch.latents), generator=draws, device=self.device)
+        else:
+            u = torch.sigmoid(torch.randn(len(batch.latents), generator=draws, device=self.device))
         sigma = plan.shift * u / (1 + (plan.shift - 1) * u)
         noise = torch.randn(batch.latents.shape, generator=draws, device=self.device)
-        loss = self.objective(batch.latents, noise, sigma, batch.text.float(), batch.mask, self.tokens[which])
+        mix = sigma.view(-1, 1, 1, 1, 1)
+        states = States((1 - mix) * batch.latents + mix * noise, sigma, noise - batch.latents, batch.text, batch.mask)
+        walking = round(plan.trajectories * len(sigma))
+        ends = Batch(batch.latents[:walking], batch.text[:walking], batch.mask[:walking])
+        if walking:
+            if which not in self.walks:
+                self.walks[which] = Trajectories.on_noised_clips(plan.sampler_steps, plan.shift, ends,
+                                                                       noise[:walking])
+            states = self.walks[which].put_into(states)
+        if plan.guided_loss:
+            empty = torch.tensor([len(data.begins) - 2])
+            states = states.twice(*(t.to(self.device).float() for t in data.rows(empty)))
+        loss, student, teacher = self.objective(states, self.tokens[which])
         loss.backward()
+        if walking and walk:
+            self.walks[which].advance(student[:walking], teacher[:walking], ends, noise[:walking])
         return loss.detach()
 
     def take_step(self) -> None:
         for group in self.optimizer.param_groups:
-            group["lr"] = group["peak"] * self.plan.rate_at(self.step)
-        self.losses.append(self.compute(self.step))
+            group["lr"] = group["peak"] * self.plan.rate_at(self.step, self.seconds())
+        self.losses.append(self.compute(self.step, walk=True))
         trainable = self.student.trainable()
         nn.utils.clip_grad_norm_(list(trainable.values()), 1.0)
         self.optimizer.step()
@@ -181,7 +229,23 @@ class Trainer:
                 self.compute(step)
             self._wait()
         self.optimizer.zero_grad(set_to_none=True)
+        self.walks.clear()
         return (time.time() - begin) / steps
+
+    def _compile(self) -> None:
+        """One step of each size that changes nothing: compilers take longer than the clock of a short training."""
+        seen = {self.plan.batch_of(step)[0]: step for step in reversed(range(sum(self.plan.turns) or len(self.sets)))}
+        for step in seen.values():
+            self.compute(step)
+        self.optimizer.zero_grad(set_to_none=True)
+        self._wait()
+
+    def seconds(self) -> float:
+        """Of training, in all calls."""
+        return self.spent + (time.time() - self.begun if self.begun else 0.0)
+
+    def progress(self) -> float:
+        return self.plan.progress(self.step, self.seconds())
 
     def _wait(self) -> None:
         if self.device.type == "cuda":
@@ -202,9 +266,10 @@ class Trainer:
 
     def save(self) -> None:
         self.write_log()
-        state = {"step": self.step, "seconds": self.spent, "plan": json.dumps(asdict(self.plan)),
+        state = {"step": self.step, "seconds": self.seconds(), "plan": json.dumps(asdict(self.plan)),
                  "weights": {name: p.detach() for name, p in self.student.trainable().items()},
-                 "average": self.average, "optimizer": self.optimizer.state_dict()}
+                 "average": self.average, "optimizer": self.optimizer.state_dict(),
+                 "walks": {str(which): walk.state() for which, walk in self.walks.items()}}
         write_atomically(self.places.work / "checkpoint.pt", lambda part: torch.save(state, part))
         self.saved = time.time()
 
@@ -221,6 +286,8 @@ class Trainer:
                     self.average[name].copy_(state["average"][name])
             self.optimizer.load_state_dict(state["optimizer"])
             self.step, self.spent = state["step"], state["seconds"]
+            for which, walk in state["walks"].items():
+                self.walks[int(which)] = Trajectories(self.plan.sampler_steps, self.plan.shift, walk)
         lines = log.read_text().splitlines(keepends=True) if log.exists() else []
         kept = [line for line in lines[:self.step] if line.endswith("\n")]
         write_atomically(log, lambda part: part.write_text("".join(kept)) and None)
@@ -229,7 +296,7 @@ class Trainer:
         folder = folder or self.places.out
         state = self.student.model.state_dict() | self.average
         notes = {"slalom.finetune": json.dumps({**asdict(self.plan), "steps_done": self.step,
-                                                "minutes": round(self.spent / 60, 2)})}
+                                                "minutes": round(self.seconds() / 60, 2)})}
         written = [save_adapter(state, self.plan.options, folder, notes)]
         if self.plan.train == "all":
             written.append(save_transformer(state, self.places.model / "transformer", folder))
@@ -241,26 +308,27 @@ class Trainer:
         trained = sum(p.numel() for p in self.average.values())
         print(f"{self.plan.options.kind}: from step {self.step} of {self.plan.steps}, {trained / 1e6:.2f} M parameters, "
               f"{sum(len(s.latents) for s in self.sets)} clips, {describe(self.device)}", flush=True)
+        if self.plan.minutes:
+            self._compile()
         recent: list[float] = []
-        snapshots = {share: max(round(share * self.plan.steps), 1) for share in self.places.snapshots}
-        begin = time.time()
-        while self.step < self.plan.steps and not deadline.over():
+        snapshots = sorted(share for share in self.places.snapshots if share > self.progress())
+        self.begun = time.time()
+        while self.progress() < 1 and not deadline.over():
             self.take_step()
-            for share in (share for share, step in snapshots.items() if step == self.step):
-                self.export(self.places.out / f"at-{share:g}")
+            while snapshots and self.progress() >= snapshots[0]:
+                self.export(self.places.out / f"at-{snapshots.pop(0):g}")
             if self.step % self.places.log_every == 0:
                 recent += torch.stack(self.losses).tolist()
                 self.write_log()
             if self.step % (10 * self.places.log_every) == 0:
                 print(f"step {self.step} loss {sum(recent) / max(len(recent), 1):.5f} "
-                      f"{self.spent + time.time() - begin:.0f} s", flush=True)
+                      f"{self.seconds():.0f} s", flush=True)
                 recent.clear()
             if time.time() - self.saved >= self.places.save_seconds:
                 self._wait()
-                self.spent, begin = self.spent + time.time() - begin, time.time()
                 self.save()
         self._wait()
-        self.spent += time.time() - begin
+        self.spent, self.begun = self.seconds(), 0.0
         self.save()
         print(f"{self.step} steps in {self.spent:.0f} s; wrote {', '.join(map(str, self.export()))}", flush=True)
-        return 0 if self.step >= self.plan.steps else UNFINISHED
+        return 0 if self.progress() >= 1 else UNFINISHED

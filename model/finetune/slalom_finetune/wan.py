@@ -84,11 +84,11 @@ class Attention(nn.Module):
         q, k = self.norm_q(q.float()).to(v.dtype), self.norm_k(k.float()).to(v.dtype)
         return tuple(t.unflatten(-1, (self.heads, -1)) for t in (q, k, v))
 
-    def cross(self, x: Tensor, text: Tensor, bias: Tensor) -> Tensor:
+    def cross(self, x: Tensor, text: Tensor, bias: Tensor, adapted: bool) -> Tensor:
         """bias [B, 1, 1, n]: log of how many keys each key stands for."""
-        q, k, v = (t.transpose(1, 2) for t in self.project(x, text, False))
+        q, k, v = (t.transpose(1, 2) for t in self.project(x, text, adapted))
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype))
-        return self.to_out[0](y.transpose(1, 2).flatten(2), False)
+        return self.to_out[0](y.transpose(1, 2).flatten(2), adapted)
 
     def self_attention(self, x: Tensor, tokens: Tokens, adapted: bool) -> Tensor:
         """`adapted` False: the dense attention of the base model, without LoRA."""
@@ -107,19 +107,19 @@ class Attention(nn.Module):
 class _GeluProjection(nn.Module):
     def __init__(self, inputs: int, outputs: int):
         super().__init__()
-        self.proj = nn.Linear(inputs, outputs)
+        self.proj = LoraLinear(inputs, outputs)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.gelu(self.proj(x), approximate="tanh")
+    def forward(self, x: Tensor, adapted: bool) -> Tensor:
+        return F.gelu(self.proj(x, adapted), approximate="tanh")
 
 
 class FeedForward(nn.Module):
     def __init__(self, dim: int, inner: int):
         super().__init__()
-        self.net = nn.ModuleList([_GeluProjection(dim, inner), nn.Identity(), nn.Linear(inner, dim)])
+        self.net = nn.ModuleList([_GeluProjection(dim, inner), nn.Identity(), LoraLinear(inner, dim)])
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.net[2](self.net[0](x))
+    def forward(self, x: Tensor, adapted: bool) -> Tensor:
+        return self.net[2](self.net[0](x, adapted), adapted)
 
 
 class Block(nn.Module):
@@ -139,9 +139,9 @@ class Block(nn.Module):
         x = x + gate_sa * self.attn1.self_attention(u, tokens, adapted).float()
         norm = self.norm2
         u = F.layer_norm(x, x.shape[-1:], norm.weight.float(), norm.bias.float(), self.eps).to(text.dtype)
-        x = x + self.attn2.cross(u, text, bias).float()
+        x = x + self.attn2.cross(u, text, bias, adapted).float()
         u = modulated_norm(x, shift_ff, scale_ff, self.eps).to(text.dtype)
-        return x + gate_ff * self.ffn(u).float()
+        return x + gate_ff * self.ffn(u, adapted).float()
 
 
 class _Mlp(nn.Module):

@@ -18,10 +18,11 @@ from safetensors.torch import load_file
 
 from slalom_finetune import AttentionOptions
 from slalom_finetune.adapter import load_adapter
-from slalom_finetune.data import LatentSet, SetBuilder
+from slalom_finetune.data import Batch, LatentSet, SetBuilder
 from slalom_finetune.deadline import UNFINISHED
 from slalom_finetune.files import read_metadata, save_tensors
 from slalom_finetune.train import Places, Plan, Student, Trainer
+from slalom_finetune.trajectories import States, Trajectories
 from slalom_finetune.wan import WanTransformer
 
 DEMO = ROOT / "model" / "demo"
@@ -55,7 +56,9 @@ def log_of(work: Path) -> list[dict]:
 @pytest.mark.parametrize("options", [
     ("--attention", "sla", "--topk", "0.3", "--train", "lora", "--rank", "4"),
     ("--attention", "salad", "--topk", "0.3", "--loss", "teacher", "--block-loss", "0.5", "--rank", "2"),
-], ids=["sla", "salad"])
+    ("--attention", "sla", "--topk", "0.3", "--loss", "teacher", "--rank", "2", "--lora-on", "all", "--guided-loss", "0.1",
+     "--trajectories", "0.5", "--sampler-steps", "6", "--noise-levels", "uniform"),
+], ids=["sla", "salad", "trajectories"])
 def test_a_killed_run_goes_on_with_the_same_losses(tmp_path: Path, options: tuple[str, ...]) -> None:
     write_set(tmp_path / "a.safetensors", 16)
     steps = ("--steps", "40", "--save-seconds", "0.02", "--warmup", "5", *options)
@@ -151,6 +154,67 @@ def test_the_teacher_is_the_dense_model_even_when_all_weights_are_trained(tmp_pa
         assert moved > 1e-3 if train_what == "all" else moved == 0
 
 
+def test_training_goes_on_from_an_adapter_and_lora_reaches_every_layer(tmp_path: Path) -> None:
+    write_set(tmp_path / "a.safetensors", 16)
+    options = AttentionOptions(topk=0.3, block_q=16, block_k=16)
+    first = Trainer(Plan(options, "lora", rank=2, steps=6, batches=(2,), base_rate=1e-2), places(tmp_path))
+    assert first.run(Never()) == 0
+    where = places(tmp_path)
+    where.start, where.work = tmp_path / "out" / "attention" / "sla.safetensors", tmp_path / "more"
+    wider = Plan(options, "lora", rank=2, lora_on="all", steps=4, batches=(2,), base_rate=1e-2)
+    second, fresh = Trainer(wider, where), Trainer(wider, places(tmp_path))
+    stored = load_file(where.start)
+    assert {name for name in stored if ".lora_A." in name} < {name for name in second.average if ".lora_A." in name}
+    for name, value in second.average.items():
+        assert torch.equal(value, stored[name].float() if name in stored else fresh.average[name])
+    assert second.run(Never()) == 0
+    written = tmp_path / "out" / "attention" / "sla.safetensors"
+    model = WanTransformer.load(SMALL / "transformer")
+    assert load_adapter(model, written) == options
+    trained = load_file(written)
+    for block in ("blocks.0.", "blocks.1."):
+        for name in ("attn1.to_q", "attn1.to_out.0", "attn2.to_q", "attn2.to_out.0", "ffn.net.0.proj", "ffn.net.2"):
+            assert trained[f"{block}{name}.lora_B.weight"].abs().max() > 0
+        assert f"{block}attn2.to_k.lora_A.weight" not in trained
+    with pytest.raises(ValueError, match="does not fit this plan"):
+        Trainer(Plan(options, "lora", rank=3, steps=4, batches=(2,)), where)
+
+
+def test_clips_walk_through_the_sampler(tmp_path: Path) -> None:
+    """Led by the true velocity of straight paths, every clip arrives where its noise came from."""
+    generator = torch.Generator().manual_seed(3)
+    clips, noise, other = (torch.randn(4, 16, 2, 4, 4, generator=generator) for _ in range(3))
+    batch = Batch(clips, torch.zeros(4, 3, 8), torch.ones(4, 3))
+    walk = Trajectories.on_noised_clips(5, 3.0, batch, noise)
+    assert walk.place.tolist() == [0, 1, 2, 3]
+    seen = set()
+    for _ in range(4):
+        states = walk.put_into(States(other, torch.zeros(4), other, batch.text + 1, batch.mask))
+        here = states.sigma.view(-1, 1, 1, 1, 1)
+        straight = (1 - here) * clips + here * noise
+        unfinished = walk.place >= torch.tensor([0, 1, 2, 3])  # those that have not begun again
+        torch.testing.assert_close(states.x[unfinished], straight[unfinished], atol=1e-4, rtol=0)
+        assert states.text.abs().max() == 0
+        seen |= set(walk.place.tolist())
+        walk.advance(noise - clips, noise - clips, Batch(clips, batch.text, batch.mask), other)
+    assert seen == {0, 1, 2, 3, 4}
+    assert walk.place.tolist() == [4, 0, 1, 2]
+    torch.testing.assert_close(walk.put_into(states).x[1], other[1])  # a new way begins at the noise
+
+
+def test_a_run_by_the_clock_ends_by_it(tmp_path: Path) -> None:
+    write_set(tmp_path / "a.safetensors", 16)
+    plan = Plan(AttentionOptions(topk=0.3, block_q=16, block_k=16), "proj", minutes=0.05, batches=(2,))
+    where = places(tmp_path)
+    where.snapshots = (0.3,)
+    trainer = Trainer(plan, where)
+    assert trainer.run(Never()) == 0
+    assert 3 <= trainer.seconds() < 30 and trainer.step > 2
+    assert plan.rate_at(1000, 1.5) == pytest.approx(0.51, abs=0.02) and plan.rate_at(1000, 3.0) == pytest.approx(0.02)
+    done = json.loads(read_metadata(tmp_path / "out" / "at-0.3" / "attention" / "sla.safetensors")["slalom.finetune"])
+    assert done["steps_done"] < trainer.step
+
+
 def test_the_linear_branch_alone_can_be_trained(tmp_path: Path) -> None:
     write_set(tmp_path / "a.safetensors", 16)
     options = AttentionOptions(topk=0.0, scope="all", block_q=16, block_k=16)
@@ -182,10 +246,11 @@ def test_two_sizes_take_turns(tmp_path: Path) -> None:
     assert trainer.run(Never()) == 0 and trainer.step == 4
 
 
-def test_the_objective_compiles(tmp_path: Path) -> None:
+@pytest.mark.parametrize("guided", [0.0, 0.1])
+def test_the_objective_compiles(tmp_path: Path, guided: float) -> None:
     write_set(tmp_path / "a.safetensors", 16)
     plan = Plan(AttentionOptions(topk=0.3, block_q=16, block_k=16), "lora", rank=2, loss="teacher", block_loss=1.0,
-                batches=(2,), drop_text=0.0)
+                batches=(2,), drop_text=0.0, guided_loss=guided, trajectories=guided and 0.5)
     trainer = Trainer(plan, places(tmp_path))
     plain = float(trainer.compute(0))
     trainer.objective = torch.compile(trainer.student.loss, dynamic=False, backend="aot_eager", fullgraph=True)
