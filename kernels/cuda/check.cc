@@ -17,10 +17,12 @@ void Check(cudaError_t status, const char* what) {
 
 void Check(cublasStatus_t status, const char* what) {
   if (status == CUBLAS_STATUS_SUCCESS) return;
-  const auto code = status == CUBLAS_STATUS_ALLOC_FAILED       ? ErrorCode::kResourceExhausted
-                    : status == CUBLAS_STATUS_EXECUTION_FAILED ? ErrorCode::kUnavailable
-                                                               : ErrorCode::kInternal;
-  throw Error(code, std::string(what) + ": " + cublasLtGetStatusName(status));
+  const std::string message = std::string(what) + ": " + cublasLtGetStatusName(status);
+  if (status == CUBLAS_STATUS_ALLOC_FAILED) throw Error(ErrorCode::kResourceExhausted, message);
+  // On a lost device cuBLASLt names its own trouble; the runtime says what it is.
+  Check(cudaDeviceSynchronize(), message.c_str());
+  const bool lost = status == CUBLAS_STATUS_EXECUTION_FAILED;
+  throw Error(lost ? ErrorCode::kUnavailable : ErrorCode::kInternal, message);
 }
 
 void CheckLaunch(const char* kernel) { Check(cudaGetLastError(), kernel); }
