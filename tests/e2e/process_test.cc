@@ -1,103 +1,18 @@
 // The two programs as people run them: slalomd with a tiny random model, and slalom.
-#include "tests/e2e/process.h"
-
 #include <gtest/gtest.h>
-#include <unistd.h>
 
 #include <csignal>
 #include <filesystem>
 #include <fstream>
-#include <memory>
-#include <regex>
-#include <sstream>
 #include <string>
-#include <vector>
 
-#include "tests/unit/model/tiny_model.h"
+#include "tests/e2e/process_fixture.h"
 #include "tests/unit/server/video_reader.h"
 
 namespace slalom {
 namespace {
 
 namespace fs = std::filesystem;
-
-// A clip that takes long enough to be interrupted.
-const std::vector<std::string> kLongClip = {"--size", "256x256", "--frames", "33", "--steps", "50"};
-
-class ProcessTest : public testing::Test {
- protected:
-  static void SetUpTestSuite() {
-    folder_ = testing::TempDir() + "/slalom_process_test_" + std::to_string(getpid());
-    fs::create_directories(folder_);
-    WriteTinyModel(Model());
-  }
-  static void TearDownTestSuite() { fs::remove_all(folder_); }
-
-  static std::string Model() { return folder_ + "/model"; }
-  static std::string Path(const std::string& name) { return folder_ + "/" + name; }
-
-  static std::unique_ptr<Process> Daemon(std::vector<std::string> more = {},
-                                         const std::string& model = Model()) {
-    std::vector<std::string> arguments = {SLALOMD,       "--models",    model,
-                                          "--listen",    "127.0.0.1:0", "--http-listen",
-                                          "127.0.0.1:0", "--device",    "cpu"};
-    arguments.insert(arguments.end(), more.begin(), more.end());
-    return std::make_unique<Process>(arguments);
-  }
-
-  // Starts the daemon and reads its address from the ready line.
-  void Start(std::vector<std::string> more = {}) {
-    daemon_ = Daemon(std::move(more));
-    ASSERT_TRUE(daemon_->WaitForOutput("slalomd ready grpc=")) << daemon_->err();
-    std::smatch match;
-    const std::string out = daemon_->out();
-    ASSERT_TRUE(std::regex_search(
-        out, match, std::regex("slalomd ready grpc=(\\S+) http=(\\S+) models=tiny\n")))
-        << out;
-    address_ = match[1];
-  }
-
-  std::unique_ptr<Process> Slalom(std::vector<std::string> arguments, Process::Limits limits = {}) {
-    std::vector<std::string> all = {SLALOM, "--server", address_};
-    all.insert(all.end(), arguments.begin(), arguments.end());
-    return std::make_unique<Process>(all, limits);
-  }
-
-  std::unique_ptr<Process> LongGenerate(const std::string& output,
-                                        std::vector<std::string> more = {}) {
-    std::vector<std::string> arguments = {"generate", "a red ball", "-o", output};
-    arguments.insert(arguments.end(), kLongClip.begin(), kLongClip.end());
-    arguments.insert(arguments.end(), more.begin(), more.end());
-    return Slalom(arguments);
-  }
-
-  static std::string JobId(const Process& process) {
-    std::smatch match;
-    const std::string text = process.err();
-    return std::regex_search(text, match, std::regex("job (\\w+):")) ? match[1] : std::string();
-  }
-
-  // Polls `slalom job` until the state shows up.
-  bool JobBecomes(const std::string& id, const std::string& state) {
-    for (int i = 0; i < 200; ++i) {
-      const auto job = Slalom({"job", id});
-      job->Wait();
-      if (job->out().find(state) != std::string::npos) return true;
-    }
-    return false;
-  }
-
-  static std::string ReadFile(const std::string& path) {
-    std::ifstream file(path, std::ios::binary);
-    std::ostringstream text;
-    text << file.rdbuf();
-    return text.str();
-  }
-
-  static inline std::string folder_;
-  std::unique_ptr<Process> daemon_;
-  std::string address_;
-};
 
 TEST_F(ProcessTest, GeneratesAFileThatFfprobeAndADecoderAccept) {
   Start();
