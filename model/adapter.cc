@@ -151,7 +151,23 @@ AdapterLayer TakeSaladLayer(TensorTaker& taker, const std::string& block, std::i
   return layer;
 }
 
-std::optional<LoraPair> TakeLora(TensorTaker& taker, const std::string& linear, std::int64_t dim) {
+// One Linear of a block that may carry a LoRA.
+struct LoraTarget {
+  const char* name;
+  std::int64_t in;
+  std::int64_t out;
+};
+
+std::vector<LoraTarget> LoraTargets(const TransformerConfig& config) {
+  const std::int64_t dim = config.dim();
+  const std::int64_t ffn = config.ffn_dim;
+  return {{"attn1.to_q", dim, dim},     {"attn1.to_k", dim, dim}, {"attn1.to_v", dim, dim},
+          {"attn1.to_out.0", dim, dim}, {"attn2.to_q", dim, dim}, {"attn2.to_out.0", dim, dim},
+          {"ffn.net.0.proj", dim, ffn}, {"ffn.net.2", ffn, dim}};
+}
+
+std::optional<LoraPair> TakeLora(TensorTaker& taker, const std::string& linear, std::int64_t in,
+                                 std::int64_t out) {
   LoraPair pair;
   pair.a = taker.Find({linear + ".lora_A.weight"});
   pair.b = taker.Find({linear + ".lora_B.weight"});
@@ -159,12 +175,12 @@ std::optional<LoraPair> TakeLora(TensorTaker& taker, const std::string& linear, 
   if (!pair.a.defined() && !pair.b.defined() && !alpha.defined()) return std::nullopt;
   if (!pair.a.defined() || !pair.b.defined()) taker.Fail(linear + " has half a LoRA");
   const bool fits = pair.a.shape().rank() == 2 && pair.b.shape().rank() == 2 &&
-                    pair.a.dim(1) == dim && pair.b.dim(0) == dim && pair.a.dim(0) >= 1 &&
+                    pair.a.dim(1) == in && pair.b.dim(0) == out && pair.a.dim(0) >= 1 &&
                     pair.a.dim(0) == pair.b.dim(1);
   if (!fits) {
     taker.Fail(linear + " has a LoRA of the shapes " + ToString(pair.a.shape()) + " and " +
-               ToString(pair.b.shape()) + ", expected [r, " + std::to_string(dim) + "] and [" +
-               std::to_string(dim) + ", r]");
+               ToString(pair.b.shape()) + ", expected [r, " + std::to_string(in) + "] and [" +
+               std::to_string(out) + ", r]");
   }
   if (alpha.defined()) {
     if (alpha.NumElements() != 1) taker.Fail(linear + ".alpha is not one number");
@@ -188,9 +204,11 @@ AttentionAdapter LoadAdapter(const std::string& path, const TransformerConfig& c
   adapter.layers.resize(static_cast<std::size_t>(config.num_layers));
   for (int i = 0; i < config.num_layers; ++i) {
     const std::string block = "blocks." + std::to_string(i);
-    for (const char* linear : {"to_q", "to_k", "to_v", "to_out.0"}) {
-      const std::string name = block + ".attn1." + linear;
-      if (auto lora = TakeLora(taker, name, config.dim())) adapter.lora.emplace(name, *lora);
+    for (const LoraTarget& linear : LoraTargets(config)) {
+      const std::string name = block + "." + linear.name;
+      if (auto lora = TakeLora(taker, name, linear.in, linear.out)) {
+        adapter.lora.emplace(name, *lora);
+      }
     }
     if (dropped.contains(i)) continue;
     adapter.layers[static_cast<std::size_t>(i)] =

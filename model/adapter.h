@@ -39,7 +39,9 @@ struct LoraPair {
 //          (blocks.N.self_attn.attn_op.local_attn.proj_l.*) and FastVideo
 //          (blocks.N.attn1.attn_impl.proj_l.*) write them
 //   SALAD  blocks.N.attn1.salad.{proj,gate}.{weight,bias}
-//   LoRA   blocks.N.attn1.{to_q,to_k,to_v,to_out.0}.lora_{A,B}.weight and, optional, .alpha
+//   LoRA   <Linear>.lora_{A,B}.weight and, optional, <Linear>.alpha, on any of a block's Linears
+//          attn1.{to_q,to_k,to_v,to_out.0}, attn2.{to_q,to_out.0}, ffn.net.0.proj, ffn.net.2. Not
+//          attn2.{to_k,to_v}: what they make of a prompt is shared by clips of every attention.
 // Any other tensor in the file is an error. Immutable after loading; concurrent reads are safe.
 struct AttentionAdapter {
   AttentionKind kind = AttentionKind::kSla;

@@ -70,39 +70,43 @@ TransformerBlock::TransformerBlock(Backend& backend, const Weights& weights,
                        .q = linear("attn1.to_q", dim_, dim_),
                        .k = linear("attn1.to_k", dim_, dim_),
                        .v = linear("attn1.to_v", dim_, dim_),
-                       .o = linear_to_stream("attn1.to_out.0", dim_, dim_)});
+                       .o = linear_to_stream("attn1.to_out.0", dim_, dim_),
+                       .cross_q = linear("attn2.to_q", dim_, dim_),
+                       .cross_o = linear_to_stream("attn2.to_out.0", dim_, dim_),
+                       .ffn_in = linear("ffn.net.0.proj", dim_, ffn_dim_),
+                       .ffn_out = linear_to_stream("ffn.net.2", ffn_dim_, dim_)});
   self_norm_q_ = vector("attn1.norm_q.weight");
   self_norm_k_ = vector("attn1.norm_k.weight");
-  cross_q_ = linear("attn2.to_q", dim_, dim_);
   cross_k_ = linear("attn2.to_k", dim_, dim_);
   cross_v_ = linear("attn2.to_v", dim_, dim_);
-  cross_o_ = linear_to_stream("attn2.to_out.0", dim_, dim_);
   cross_norm_q_ = vector("attn2.norm_q.weight");
   cross_norm_k_ = vector("attn2.norm_k.weight");
   cross_ln_weight_ = vector("norm2.weight");
   cross_ln_bias_ = vector("norm2.bias");
-  ffn_in_ = linear("ffn.net.0.proj", dim_, ffn_dim_);
-  ffn_out_ = linear_to_stream("ffn.net.2", ffn_dim_, dim_);
   for (const AttentionAdapter& adapter : adapters) {
     variants_.push_back(LoadVariant(backend, weights, adapter, index));
   }
 }
 
-TransformerBlock::SelfAttention TransformerBlock::LoadVariant(Backend& backend,
-                                                              const Weights& weights,
-                                                              const AttentionAdapter& adapter,
-                                                              int index) const {
-  SelfAttention variant = variants_.front();
+TransformerBlock::Variant TransformerBlock::LoadVariant(Backend& backend, const Weights& weights,
+                                                        const AttentionAdapter& adapter,
+                                                        int index) const {
+  Variant variant = variants_.front();
   variant.kind = adapter.kind;
-  const std::string attention = "blocks." + std::to_string(index) + ".attn1.";
+  const std::string block = "blocks." + std::to_string(index) + ".";
   const auto merge = [&](const char* name, LinearWeights& linear) {
-    if (!adapter.lora.contains(attention + name)) return;
-    linear.weight = LoadMerged(backend, weights, adapter, attention + name, {dim_, dim_}, dtype_);
+    if (!adapter.lora.contains(block + name)) return;
+    linear.weight =
+        LoadMerged(backend, weights, adapter, block + name, linear.weight.shape(), dtype_);
   };
-  merge("to_q", variant.q);
-  merge("to_k", variant.k);
-  merge("to_v", variant.v);
-  merge("to_out.0", variant.o);
+  merge("attn1.to_q", variant.q);
+  merge("attn1.to_k", variant.k);
+  merge("attn1.to_v", variant.v);
+  merge("attn1.to_out.0", variant.o);
+  merge("attn2.to_q", variant.cross_q);
+  merge("attn2.to_out.0", variant.cross_o);
+  merge("ffn.net.0.proj", variant.ffn_in);
+  merge("ffn.net.2", variant.ffn_out);
 
   const AdapterLayer& layer = adapter.layers.at(static_cast<std::size_t>(index));
   variant.proj_weight = layer.proj_weight;
@@ -112,8 +116,8 @@ TransformerBlock::SelfAttention TransformerBlock::LoadVariant(Backend& backend,
   return variant;
 }
 
-const TransformerBlock::SelfAttention& TransformerBlock::Variant(AttentionKind kind) const {
-  for (const SelfAttention& variant : variants_) {
+const TransformerBlock::Variant& TransformerBlock::VariantOf(AttentionKind kind) const {
+  for (const Variant& variant : variants_) {
     if (variant.kind == kind) return variant;
   }
   throw Error(ErrorCode::kFailedPrecondition, "this model has no adapter for that attention");
@@ -148,7 +152,7 @@ void TransformerBlock::Forward(Backend& backend, const BlockContext& context,
 
   Tensor u = backend.Allocate(x.shape(), dtype_);
   modulate(kScaleAttention, kShiftAttention, u);
-  const SelfAttention& layer = Variant(context.attention->kind);
+  const Variant& layer = VariantOf(context.attention->kind);
   Tensor attended = Attend(backend, context, layer, u);
   backend.Linear({.x = attended,
                   .weight = layer.o.weight,
@@ -159,29 +163,32 @@ void TransformerBlock::Forward(Backend& backend, const BlockContext& context,
 
   backend.LayerNorm(
       {.x = x, .weight = cross_ln_weight_, .bias = cross_ln_bias_, .eps = eps_, .out = u});
-  attended = CrossAttend(backend, context, u);
-  backend.Linear(
-      {.x = attended, .weight = cross_o_.weight, .bias = cross_o_.bias, .residual = x, .out = x});
+  attended = CrossAttend(backend, context, layer, u);
+  backend.Linear({.x = attended,
+                  .weight = layer.cross_o.weight,
+                  .bias = layer.cross_o.bias,
+                  .residual = x,
+                  .out = x});
   attended = Tensor();  // its memory goes to the MLP
 
   modulate(kScaleMlp, kShiftMlp, u);
   Tensor hidden = backend.Allocate({x.dim(0), x.dim(1), ffn_dim_}, dtype_);
   backend.Linear({.x = u,
-                  .weight = ffn_in_.weight,
-                  .bias = ffn_in_.bias,
+                  .weight = layer.ffn_in.weight,
+                  .bias = layer.ffn_in.bias,
                   .activation = Activation::kGeluTanh,
                   .out = hidden});
   backend.Linear({.x = hidden,
-                  .weight = ffn_out_.weight,
-                  .bias = ffn_out_.bias,
+                  .weight = layer.ffn_out.weight,
+                  .bias = layer.ffn_out.bias,
                   .residual = x,
                   .gate = row(kGateMlp),
                   .out = x});
 }
 
 // Self-attention up to, not including, the o projection: [B, L, d] T.
-Tensor TransformerBlock::Attend(Backend& backend, const BlockContext& context,
-                                const SelfAttention& layer, const Tensor& u) const {
+Tensor TransformerBlock::Attend(Backend& backend, const BlockContext& context, const Variant& layer,
+                                const Tensor& u) const {
   const Shape split = {u.dim(0), u.dim(1), heads_, head_dim_};
   const RopeTables& rope = *context.rope;
   const bool keep_unrotated = layer.kind == AttentionKind::kSalad && layer.proj_weight.defined();
@@ -236,8 +243,8 @@ Tensor TransformerBlock::Attend(Backend& backend, const BlockContext& context,
 }
 
 void TransformerBlock::AttendSparsely(Backend& backend, const BlockContext& context,
-                                      const SelfAttention& layer, const Tensor& u,
-                                      const Heads& heads, const Tensor& out) const {
+                                      const Variant& layer, const Tensor& u, const Heads& heads,
+                                      const Tensor& out) const {
   const AttentionSetting& setting = *context.attention;
   const BlockMap map = backend.MakeBlockMap({.q = heads.q,
                                              .k = heads.k,
@@ -285,10 +292,10 @@ void TransformerBlock::AttendSparsely(Backend& backend, const BlockContext& cont
 
 // Attention to each sample's own prompt, up to the o projection: [B, L, d] T.
 Tensor TransformerBlock::CrossAttend(Backend& backend, const BlockContext& context,
-                                     const Tensor& u) const {
+                                     const Variant& layer, const Tensor& u) const {
   const Shape split = {u.dim(0), u.dim(1), heads_, head_dim_};
   Tensor q = backend.Allocate(u.shape(), dtype_);
-  backend.Linear({.x = u, .weight = cross_q_.weight, .bias = cross_q_.bias, .out = q});
+  backend.Linear({.x = u, .weight = layer.cross_q.weight, .bias = layer.cross_q.bias, .out = q});
   backend.RmsNorm({.x = q, .weight = cross_norm_q_, .eps = eps_, .out = q});
   const Tensor heads = q.Reshape(split);
   Tensor out = backend.Allocate(split, dtype_);

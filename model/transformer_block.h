@@ -59,7 +59,7 @@ struct BlockContext {
 class TransformerBlock {
  public:
   // Reads "blocks.<index>.*"; `adapters`, whose layers are on the device already, add their
-  // variants of self-attention.
+  // variants.
   TransformerBlock(Backend& backend, const Weights& weights, const TransformerConfig& config,
                    std::span<const AttentionAdapter> adapters, int index, DType dtype);
 
@@ -70,26 +70,30 @@ class TransformerBlock {
   void Forward(Backend& backend, const BlockContext& context, const Tensor& x) const;
 
  private:
-  // Self-attention of one kind. Without a LoRA the projections are those of the dense kind, in the
-  // same memory.
-  struct SelfAttention {
+  // What belongs to one kind of self-attention. A Linear without a LoRA is that of the dense kind,
+  // in the same memory.
+  struct Variant {
     AttentionKind kind = AttentionKind::kDense;
-    LinearWeights q, k, v, o;  // [d, d]
-    Tensor proj_weight;        // SLA [D, D] f32; SALAD [d, d] T; undefined: no linear branch
-    Tensor proj_bias;          // SLA [D] f32; SALAD [d] f32
-    Tensor gate_weight;        // SALAD [1, d] f32
-    Tensor gate_bias;          // SALAD [1] f32
+    LinearWeights q, k, v, o;        // [d, d]
+    LinearWeights cross_q, cross_o;  // [d, d]
+    LinearWeights ffn_in;            // [ffn, d]
+    LinearWeights ffn_out;           // [d, ffn]
+    Tensor proj_weight;              // SLA [D, D] f32; SALAD [d, d] T; undefined: no linear branch
+    Tensor proj_bias;                // SLA [D] f32; SALAD [d] f32
+    Tensor gate_weight;              // SALAD [1, d] f32
+    Tensor gate_bias;                // SALAD [1] f32
   };
   struct Heads;
 
-  SelfAttention LoadVariant(Backend& backend, const Weights& weights,
-                            const AttentionAdapter& adapter, int index) const;
-  Tensor Attend(Backend& backend, const BlockContext& context, const SelfAttention& layer,
+  Variant LoadVariant(Backend& backend, const Weights& weights, const AttentionAdapter& adapter,
+                      int index) const;
+  Tensor Attend(Backend& backend, const BlockContext& context, const Variant& layer,
                 const Tensor& u) const;
-  void AttendSparsely(Backend& backend, const BlockContext& context, const SelfAttention& layer,
+  void AttendSparsely(Backend& backend, const BlockContext& context, const Variant& layer,
                       const Tensor& u, const Heads& heads, const Tensor& out) const;
-  Tensor CrossAttend(Backend& backend, const BlockContext& context, const Tensor& u) const;
-  const SelfAttention& Variant(AttentionKind kind) const;
+  Tensor CrossAttend(Backend& backend, const BlockContext& context, const Variant& layer,
+                     const Tensor& u) const;
+  const Variant& VariantOf(AttentionKind kind) const;
 
   std::int64_t dim_;
   std::int64_t heads_;
@@ -98,17 +102,15 @@ class TransformerBlock {
   float eps_;
   DType dtype_;
 
-  Tensor modulation_;                    // [6, d] f32
-  std::vector<SelfAttention> variants_;  // dense first
-  Tensor self_norm_q_;                   // [d] f32, over all heads together
-  Tensor self_norm_k_;                   // [d] f32
-  LinearWeights cross_q_, cross_k_, cross_v_, cross_o_;
+  Tensor modulation_;              // [6, d] f32
+  std::vector<Variant> variants_;  // dense first
+  Tensor self_norm_q_;             // [d] f32, over all heads together
+  Tensor self_norm_k_;             // [d] f32
+  LinearWeights cross_k_, cross_v_;
   Tensor cross_norm_q_;     // [d] f32
   Tensor cross_norm_k_;     // [d] f32
   Tensor cross_ln_weight_;  // [d] f32: "norm2" on disk; Wan's own name is norm3
   Tensor cross_ln_bias_;    // [d] f32
-  LinearWeights ffn_in_;    // [ffn, d]
-  LinearWeights ffn_out_;   // [d, ffn]
 };
 
 // "<name>.weight" [out, in] in `dtype` and "<name>.bias" [out] in `bias_dtype`: that of the result,

@@ -208,6 +208,26 @@ TEST_F(AdapterTest, AModelFolderHasBothKinds) {
               [&] { LoadAdapters(folder_.path(), TinyConfig()); });
 }
 
+TEST_F(AdapterTest, EveryLinearOfTheOwnStreamMayHaveALora) {
+  TensorMap tensors = SlaTensors(kOurs, {0, 1, 2});
+  const auto add = [&](const std::string& name, std::int64_t in, std::int64_t out) {
+    tensors["blocks.2." + name + ".lora_A.weight"] = Random({3, in}, 1);
+    tensors["blocks.2." + name + ".lora_B.weight"] = Random({out, 3}, 2);
+  };
+  const std::int64_t ffn = TinyConfig().ffn_dim;
+  for (const char* name : {"attn1.to_v", "attn2.to_q", "attn2.to_out.0"}) add(name, 16, 16);
+  add("ffn.net.0.proj", 16, ffn);
+  add("ffn.net.2", ffn, 16);
+  const AttentionAdapter adapter = Load(tensors, R"({"kind": "sla"})");
+  EXPECT_EQ(adapter.lora.size(), 5u);
+  EXPECT_EQ(adapter.lora.at("blocks.2.ffn.net.2").b.shape(), (Shape{16, 3}));
+
+  // A prompt's keys and values are made once for all kinds of attention.
+  add("attn2.to_k", 16, 16);
+  ExpectError(ErrorCode::kInvalidArgument, {"attn2.to_k", "no place"},
+              [&] { Load(tensors, R"({"kind": "sla"})"); });
+}
+
 class LoraTest : public AdapterTest {
  protected:
   LoraTest() {

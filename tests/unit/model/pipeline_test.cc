@@ -17,6 +17,7 @@
 
 #include "kernels/core/error.h"
 #include "kernels/core/random.h"
+#include "model/config.h"
 #include "model/safetensors_writer.h"
 #include "model/wan_generation.h"
 #include "tests/unit/model/expect_error.h"
@@ -238,23 +239,25 @@ TEST_F(PipelineTest, ATrainedAdapterIsUsed) {
     return tensor;
   };
   std::filesystem::create_directories(folder / "attention");
-  const auto write = [&](bool lora) {
+  const auto write = [&](const std::string& lora, std::int64_t in, std::int64_t out) {
     std::map<std::string, Tensor> tensors = {
         {"blocks.1.attn1.sla.proj_l.weight", random({32, 32}, 1)},
         {"blocks.1.attn1.sla.proj_l.bias", random({32}, 2)}};
-    if (lora) {
-      tensors["blocks.0.attn1.to_q.lora_A.weight"] = random({4, 64}, 3);
-      tensors["blocks.0.attn1.to_q.lora_B.weight"] = random({64, 4}, 4);
+    if (!lora.empty()) {
+      tensors["blocks.0." + lora + ".lora_A.weight"] = random({4, in}, 3);
+      tensors["blocks.0." + lora + ".lora_B.weight"] = random({out, 4}, 4);
     }
     WriteSafetensors(folder / "attention/sla.safetensors", tensors,
                      {{"slalom.attention",
                        R"({"kind": "sla", "topk": 0.5, "scope": "all", "dropped_layers": [0]})"}});
   };
   // The latent after one step, and the spec that made it.
+  std::size_t held = 0;  // by the weights
   const auto run = [&](std::optional<AttentionKind> kind) {
     PipelineOptions options;
     options.dtype = "f32";
     const auto pipeline = LoadPipeline(folder.path(), options);
+    held = pipeline->Memory().bytes_in_use;
     ClipRequest request = Request("a red ball", 3);
     request.width = 128;
     request.height = 128;
@@ -267,14 +270,26 @@ TEST_F(PipelineTest, ATrainedAdapterIsUsed) {
   const auto untrained = run(AttentionKind::kSla).first;
   const auto dense = run(AttentionKind::kDense).first;
   EXPECT_EQ(run(std::nullopt).second.attention, AttentionKind::kDense);
-  write(/*lora=*/false);
+  write(/*lora=*/"", 0, 0);
   const auto [trained, spec] = run(std::nullopt);
   EXPECT_EQ(spec.attention, AttentionKind::kSla);
   EXPECT_EQ(spec.topk, 0.5);
   EXPECT_NE(trained, untrained);
-  write(/*lora=*/true);
-  EXPECT_NE(run(AttentionKind::kSla).first, trained);
-  EXPECT_EQ(run(AttentionKind::kDense).first, dense);
+  const std::size_t shared = held;
+  const TransformerConfig config = LoadModelConfig(folder.path()).transformer;
+  const std::int64_t dim = config.dim();
+  for (const char* lora :
+       {"attn1.to_q", "attn2.to_q", "attn2.to_out.0", "ffn.net.0.proj", "ffn.net.2"}) {
+    SCOPED_TRACE(lora);
+    const std::string name = lora;
+    write(name, name == "ffn.net.2" ? config.ffn_dim : dim,
+          name == "ffn.net.0.proj" ? config.ffn_dim : dim);
+    EXPECT_NE(run(AttentionKind::kSla).first, trained);
+    EXPECT_EQ(run(AttentionKind::kDense).first, dense);
+    // What the LoRA changes is there twice, all else once.
+    const bool mlp = name.starts_with("ffn");
+    EXPECT_EQ(held - shared, 4u * static_cast<std::size_t>(dim * (mlp ? config.ffn_dim : dim)));
+  }
   std::ofstream(folder / "slalom.json") << R"({"defaults": {"attention": "dense"}})";
   EXPECT_EQ(run(std::nullopt).second.attention, AttentionKind::kDense);
 }
