@@ -64,8 +64,9 @@ SHIPPED = ("sla", "salad")
 GPUS = {"sla": 0, "salad": 1, "tiled": 2, "linear": 2}
 TOPKS = (0.1, 0.25, 0.5)  # of the curve, beside the default
 SNAPSHOTS = (0.01, 0.05, 0.2, 0.5)  # of the steps
-TRAINING = ("--train", "lora", "--rank", 64, "--loss", "teacher", "--block-loss", 0.5, "--rate", 2e-3, "--base-rate",
-            8e-4, "--warmup", 100, "--average", 0.998, "--save-seconds", 25, "--snapshots", *SNAPSHOTS)
+TRAINING = ("--train", "lora", "--lora-on", "all", "--loss", "teacher", "--block-loss", 0.5, "--guided-loss", 0.1, "--trajectories",
+            0.5, "--noise-levels", "uniform", "--rate", 2e-3, "--base-rate", 1e-3, "--warmup", 100, "--average", 0.998,
+            "--no-deterministic", "--save-seconds", 25, "--snapshots", *SNAPSHOTS)
 
 
 def finetune(*arguments: object) -> list[str]:

@@ -38,13 +38,14 @@ def model_folder(dense: Path, folder: Path) -> None:
 def phases_of(args: argparse.Namespace) -> list[Phase]:
     work, stills = args.work, args.work / "model"
     size, clips, batch = (64, 4, 2) if args.tiny else (256, 24_576, 256)
-    length = ("--steps", 6) if args.tiny else ("--minutes", args.adapter_minutes)
+    length = ("--steps", 6) if args.tiny else ("--clock-minutes", args.adapter_minutes)
     compiled = () if args.tiny else ("--compile",)
     data, sla = work / f"latents-{size}-1.safetensors", work / "sla" / "out"
 
-    def train(name: str, model: Path, after: str, gpu: int, *options: object) -> Phase:
+    def train(name: str, model: Path, after: str, gpu: int, batch: int, *options: object) -> Phase:
         return Phase(name, finetune("train", "--model", model, "--data", data, "--work", work / name, "--out",
-                                    work / name / "out", "--batch", batch, *compiled, *length, *options), 60, (after,), gpu)
+                                    work / name / "out", "--batch", batch, *compiled, *length, *options), 60, (after,), gpu,
+                     environment={"SLALOM_ATTENTION_LIBRARY": "none"})  # whose blocks are multiples of 64 on a GPU
 
     def draw(name: str, after: str, gpu: int, *options: object) -> Phase:
         return Phase(f"draw {name}", finetune(
@@ -55,8 +56,9 @@ def phases_of(args: argparse.Namespace) -> list[Phase]:
     stills_set = ClipSet(size, 1, clips, min(clips, 64), (0, 1), batch, 1)
     found = data_phases(args, stills_set, 60, 78, compiled)
     found += [
-        train("dense", MODEL, found[-1].name, 0, *EVERYTHING, "--train", "all", "--base-rate", 5e-4),
-        train("sla", stills, "dense", 0, *SPARSE, *TRAINING), train("linear", stills, "dense", 1, *LINEAR, *TRAINING),
+        train("dense", MODEL, found[-1].name, 0, batch, *EVERYTHING, "--train", "all", "--base-rate", 5e-4),
+        train("sla", stills, "dense", 0, batch // 2, *SPARSE, *TRAINING, "--rank", 64),
+        train("linear", stills, "dense", 1, batch // 2, *LINEAR, *TRAINING, "--rank", 64),
         draw("dense", "dense", 0, "--attention", "dense"),
         draw("linear", "linear", 1, "--adapter", work / "linear" / "out" / "attention" / "linear.safetensors"),
         Phase("untrained", [sys.executable, __file__, "--untrain", str(sla)], 5, ("sla",)),
