@@ -14,9 +14,8 @@ struct SoakOptions {
   std::string model;    // its model folder
   std::string folder;   // scratch: the state folder comes to lie here
   int jobs = 200;
-  int clients = 6;                 // at the same time
-  double seconds_per_kill = 1.5;   // mean; 0: the server is never killed
-  int connect_milliseconds = 200;  // for one attempt to connect; a sanitizer needs more
+  int clients = 6;                // at the same time
+  double seconds_per_kill = 1.5;  // mean; 0: the server is never killed
   std::uint64_t seed = 1;
   bool check_memory = true;  // not under a sanitizer, which keeps what is freed
 };
