@@ -84,6 +84,12 @@ struct JobPlace {
 
 class JobHandle;
 
+// RESOURCE_EXHAUSTED that goes away by itself: too many jobs wait.
+class QueueFull : public Error {
+ public:
+  explicit QueueFull(const std::string& message) : Error(ErrorCode::kResourceExhausted, message) {}
+};
+
 // A begun clip as Pipeline::Save gives it.
 using Checkpoint = std::shared_ptr<const std::vector<std::byte>>;
 

@@ -104,6 +104,7 @@ class JobTable {
   std::string CostState() const;
   bool accepting() const;
   bool healthy() const;
+  bool lost() const;
 
   // --- Workers and the sweeper ---
 

@@ -48,9 +48,8 @@ void JobTable::CheckRoom(const Job& job) const {
                     std::to_string(options_.limits.memory_bytes >> 20) + " MiB are there");
   }
   if (queued_ >= options_.max_queue && !request.readmitted) {
-    throw Error(ErrorCode::kResourceExhausted, "the queue is full: " + std::to_string(queued_) +
-                                                   " jobs wait, at most " +
-                                                   std::to_string(options_.max_queue) + " may");
+    throw QueueFull("the queue is full: " + std::to_string(queued_) + " jobs wait, at most " +
+                    std::to_string(options_.max_queue) + " may");
   }
 }
 

@@ -195,4 +195,10 @@ bool JobTable::healthy() const {
                      [](const WorkerRecord& worker) { return worker.stats.healthy; });
 }
 
+bool JobTable::lost() const {
+  const std::lock_guard lock(mutex_);
+  return std::none_of(workers_.begin(), workers_.end(),
+                      [](const WorkerRecord& worker) { return worker.stats.healthy; });
+}
+
 }  // namespace slalom

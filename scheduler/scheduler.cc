@@ -36,9 +36,8 @@ std::vector<Pipelines> GroupByDevice(Pipelines pipelines) {
     if (group == groups.end()) group = groups.emplace(groups.end());
     for (const auto& other : *group) {
       if (other->info().name == pipeline->info().name) {
-        throw Error(
-            ErrorCode::kInvalidArgument,
-            "model " + other->info().name + " is loaded twice on " + ToString(other->device()));
+        throw Error({{"models", "model " + other->info().name + " is loaded twice on " +
+                                    ToString(other->device())}});
       }
     }
     group->push_back(std::move(pipeline));
@@ -136,6 +135,7 @@ SchedulerStats Scheduler::Stats() const {
 std::string Scheduler::CostState() const { return table_->CostState(); }
 bool Scheduler::accepting() const { return table_->accepting(); }
 bool Scheduler::healthy() const { return table_->healthy(); }
+bool Scheduler::lost() const { return table_->lost(); }
 void Scheduler::StopAccepting() { table_->StopAccepting(); }
 
 bool Scheduler::Drain(SchedulerClock::time_point deadline) {

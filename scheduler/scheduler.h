@@ -41,7 +41,8 @@ class Scheduler {
   //   kNotFound           no such model
   //   kAlreadyExists      a live job has that id
   //   kUnavailable        draining, or every device of that model is lost
-  //   kResourceExhausted  the queue is full, or the clip can never fit the device's memory
+  //   kResourceExhausted  the queue is full (then it is a QueueFull), or the clip can never fit the
+  //                       device's memory
   //   kDeadlineExceeded   the cost model says that the deadline cannot be met; says the estimate
   JobHandle Submit(JobRequest request);
 
@@ -62,6 +63,8 @@ class Scheduler {
   bool accepting() const;
   // Every device works; a lost one makes it false for good.
   bool healthy() const;
+  // Every device is lost: only a new process can go on.
+  bool lost() const;
 
   // Refuses new jobs from now on (returns at once).
   void StopAccepting();

@@ -268,7 +268,9 @@ HostPort ParseHostPort(const std::string& field, const std::string& text) {
 
 ServerConfig ReadConfigFile(const std::string& path, const ServerConfig& base) {
   std::ifstream file(path);
-  if (!file) throw Error(ErrorCode::kNotFound, "config: cannot read '" + path + "'");
+  if (!file || std::filesystem::is_directory(path)) {
+    throw Error(ErrorCode::kNotFound, "config: cannot read '" + path + "'");
+  }
   ServerConfig config = base;
   try {
     // JSON is a subset of YAML as far as a configuration goes.

@@ -2,6 +2,9 @@
 
 #include <sqlite3.h>
 
+#include <cerrno>
+#include <cstring>
+
 #include "kernels/core/error.h"
 
 namespace slalom {
@@ -114,8 +117,13 @@ int Database::version() {
 
 void Database::Fail(int code) const {
   std::string what = connection_ ? sqlite3_errmsg(connection_.get()) : sqlite3_errstr(code);
+  const int reason = connection_ ? sqlite3_system_errno(connection_.get()) : 0;
+  if (reason != 0) what += std::string(" (") + std::strerror(reason) + ")";
   if ((code & 0xff) == SQLITE_BUSY) what += "; does another server use this folder?";
-  throw Error(CodeOf(code), "state_dir: '" + path_ + "': " + what);
+  if ((code & 0xff) == SQLITE_FULL) what += "; make room on the server's disk";
+  const bool not_writable = reason == EROFS || reason == EACCES || reason == EPERM;
+  throw Error(not_writable ? ErrorCode::kFailedPrecondition : CodeOf(code),
+              "state_dir: '" + path_ + "': " + what);
 }
 
 }  // namespace slalom

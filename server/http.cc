@@ -60,16 +60,30 @@ class HttpServer::Impl {
 
  private:
   void AddRoutes() {
+    // Before anything of a body is read: httplib would hold all of it in memory.
+    server_.set_pre_routing_handler(
+        [](const httplib::Request& request, httplib::Response& response) {
+          if (request.method == "GET" || request.method == "HEAD") {
+            return httplib::Server::HandlerResponse::Unhandled;
+          }
+          response.status = 405;
+          response.set_header("Allow", "GET, HEAD");
+          return httplib::Server::HandlerResponse::Handled;
+        });
     server_.Get("/metrics", [this](const httplib::Request&, httplib::Response& response) {
       response.set_content(handlers_.metrics(), "text/plain; version=0.0.4; charset=utf-8");
     });
-    server_.Get("/healthz", [](const httplib::Request&, httplib::Response& response) {
-      response.set_content("ok\n", "text/plain");
-    });
-    server_.Get("/readyz", [this](const httplib::Request&, httplib::Response& response) {
-      const std::string reason = handlers_.not_ready();
+    AddProbe("/healthz", "ok", handlers_.broken);
+    AddProbe("/readyz", "ready", handlers_.not_ready);
+  }
+
+  // 200 with `good`, or 503 with the reason why not.
+  void AddProbe(const char* path, const std::string& good,
+                const std::function<std::string()>& why_not) {
+    server_.Get(path, [good, why_not](const httplib::Request&, httplib::Response& response) {
+      const std::string reason = why_not();
       response.status = reason.empty() ? 200 : 503;
-      response.set_content(reason.empty() ? "ready\n" : reason + "\n", "text/plain");
+      response.set_content((reason.empty() ? good : reason) + "\n", "text/plain");
     });
   }
 

@@ -13,6 +13,8 @@ struct HttpHandlers {
   std::function<std::string()> metrics;  // Prometheus' text format
   // Empty when the server can take work; else why not ("warming up", "draining", ...).
   std::function<std::string()> not_ready;
+  // Empty when the process can go on; else why only a new one would.
+  std::function<std::string()> broken;
 };
 
 // Serves on threads of its own until destroyed. The handlers are called from those threads.

@@ -1,10 +1,9 @@
 #include "server/job_archive.h"
 
-#include <fcntl.h>
 #include <google/protobuf/util/time_util.h>
 #include <spdlog/spdlog.h>
-#include <unistd.h>
 
+#include <algorithm>
 #include <cstring>
 #include <filesystem>
 #include <fstream>
@@ -12,6 +11,7 @@
 #include <utility>
 
 #include "kernels/core/error.h"
+#include "server/job_id.h"
 
 namespace slalom {
 namespace {
@@ -51,11 +51,25 @@ std::int64_t Micros(SystemTime time) {
 
 SystemTime FromMicros(std::int64_t micros) { return SystemTime(std::chrono::microseconds(micros)); }
 
+// A file that an archive could have made. A folder that somebody else has used before may hold
+// others, which are none of our business.
+bool IsOurs(const fs::path& file) {
+  const std::string name = file.filename().string();
+  const std::size_t end = std::min(name.find('.'), name.size());
+  const std::string extension = name.substr(end);
+  const bool known = extension == kVideo || extension == kCheckpoint ||
+                     extension == std::string(kCheckpoint) + kPart;
+  return known && IsJobId(name.substr(0, end));
+}
+
 }  // namespace
 
 JobArchive::JobArchive(const std::string& folder)
     : folder_(folder.empty() ? "" : (fs::path(folder) / "jobs").string()) {
-  if (folder_.empty()) return;
+  if (folder_.empty()) {
+    ReplayBuffer().Append({});  // now rather than after the first clip: is there room for videos?
+    return;
+  }
   std::error_code error;
   fs::create_directories(folder_, error);
   if (error) {
@@ -137,7 +151,8 @@ void JobArchive::DeleteOrphans(const std::vector<Entry>& entries) const {
   }
   std::error_code ignored;
   for (const auto& file : fs::directory_iterator(folder_)) {
-    if (!known.contains(file.path().filename().string())) fs::remove(file.path(), ignored);
+    if (!IsOurs(file.path()) || known.contains(file.path().filename().string())) continue;
+    fs::remove(file.path(), ignored);
   }
 }
 

@@ -34,7 +34,7 @@ namespace slalom {
 class JobArchive {
  public:
   // Throws Error: kFailedPrecondition when the folder cannot be used or another server has it,
-  // kDataLoss when the database is damaged.
+  // kDataLoss when the database is damaged; without a folder, when no unnamed file can be made.
   explicit JobArchive(const std::string& folder);
   // Finishes what is queued.
   ~JobArchive();
@@ -48,7 +48,8 @@ class JobArchive {
     JobRecord::Origin origin;
     std::optional<v1::Job> ended;  // how; without: it is live
   };
-  // Everything that is known, in the order of acceptance. Deletes files that belong to no job.
+  // Everything that is known, in the order of acceptance. Deletes videos and checkpoints of jobs
+  // that are not.
   std::vector<Entry> Load();
 
   // For a new job, or for one of Load's: then it has what was there.

@@ -4,12 +4,12 @@
 
 #include <algorithm>
 #include <map>
-#include <random>
 #include <utility>
 
 #include "kernels/core/error.h"
 #include "scheduler/scheduler.h"
 #include "server/job_archive.h"
+#include "server/job_id.h"
 #include "server/metrics.h"
 #include "server/refusal.h"
 #include "server/request.h"
@@ -21,15 +21,6 @@ namespace {
 constexpr auto kTick = std::chrono::seconds(1);
 constexpr int kPreviewEverySteps = 2;
 constexpr double kLongestRetrySeconds = 60;
-
-// Not to be guessed: 120 random bits.
-std::string NewJobId() {
-  static constexpr char kDigits[] = "0123456789abcdefghijklmnopqrstuv";
-  std::random_device random;
-  std::string id;
-  for (int i = 0; i < 24; ++i) id += kDigits[random() % 32];
-  return id;
-}
 
 void SetPlace(int queue_position, double eta_seconds, v1::Job* job) {
   job->mutable_progress()->set_queue_position(queue_position);
@@ -66,11 +57,14 @@ void JobDesk::ParkQueue() {
   }
 }
 
-void JobDesk::Settle(SchedulerClock::time_point deadline) {
-  while (!store_.Live().empty() && SchedulerClock::now() < deadline) {
+bool JobDesk::Settle(SchedulerClock::time_point deadline) {
+  bool settled = store_.Live().empty();
+  while (!settled && SchedulerClock::now() < deadline) {
     std::this_thread::sleep_for(std::chrono::milliseconds(5));
+    settled = store_.Live().empty();
   }
   Sweep();
+  return settled;
 }
 
 void JobDesk::Stop() {
@@ -208,11 +202,7 @@ std::vector<v1::Job> JobDesk::DescribeAll(const std::string& tenant) const {
 
 const char* JobDesk::RefusalReason(const Error& error) const {
   if (const auto* refusal = dynamic_cast<const Refusal*>(&error)) return refusal->reason();
-  const Scheduler* scheduler = scheduler_;
-  if (error.code() != ErrorCode::kResourceExhausted || scheduler == nullptr) return nullptr;
-  int queued = 0;
-  for (const int n : scheduler->Stats().queued) queued += n;
-  return queued >= options_.max_queue ? "queue" : nullptr;
+  return dynamic_cast<const QueueFull*>(&error) != nullptr ? "queue" : nullptr;
 }
 
 std::optional<double> JobDesk::RetrySeconds(const Error& error) const {

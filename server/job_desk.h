@@ -26,7 +26,6 @@ struct JobDeskOptions {
   std::vector<TenantOptions> tenants;
   RetentionLimits retention;
   double checkpoint_seconds = 0;
-  int max_queue = 64;  // the scheduler's, to tell a full queue from a clip that never fits
   // Called about once a second, from the desk's thread.
   std::function<void()> on_tick;
 };
@@ -47,7 +46,7 @@ class JobDesk {
   // As in VideoService.
   void Serve(Scheduler* scheduler);
   void ParkQueue();
-  void Settle(SchedulerClock::time_point deadline);
+  bool Settle(SchedulerClock::time_point deadline);
   void Stop();
 
   // The scheduler, or UNAVAILABLE while the server warms up.

@@ -135,11 +135,11 @@ void JobRecord::SetPreview(v1::Preview preview) {
 }
 
 void JobRecord::AppendVideo(std::span<const std::byte> bytes) {
-  const bool first = video_->size() == 0;
   video_->Append(bytes);
-  if (first) {
+  {
     std::lock_guard lock(mutex_);
-    first_byte_seconds_ = SecondsSince(created_);
+    // Of a job that an earlier process began: the first that this one knows of.
+    if (first_byte_seconds_ == 0) first_byte_seconds_ = SecondsSince(created_);
   }
   WakeAll();
 }
@@ -188,6 +188,13 @@ JobRecord::Next JobRecord::Read(ReadPosition* position, v1::GenerateVideoRespons
   std::unique_lock lock(mutex_);
   if (error_) {
     *status = ToStatus(*error_);
+    return Next::kEnd;
+  }
+  if (job_.state() == v1::JOB_STATE_SUCCEEDED && position->offset > video_->size()) {
+    *status = ToStatus(Error(ErrorCode::kOutOfRange,
+                             "byte_offset: " + std::to_string(position->offset) +
+                                 " is beyond the video's " + std::to_string(video_->size()) +
+                                 " bytes; give at most that"));
     return Next::kEnd;
   }
   if (!position->accepted) {

@@ -67,12 +67,15 @@ std::vector<Device> Devices(const ServerConfig& config) {
   return devices;
 }
 
-std::vector<std::unique_ptr<Pipeline>> LoadPipelines(const ServerConfig& config) {
+// Empty when a signal came meanwhile: loading may take long.
+std::vector<std::unique_ptr<Pipeline>> LoadPipelines(const ServerConfig& config,
+                                                     const Signals& signals) {
   std::vector<std::string> folders = config.models;
   if (folders.empty()) folders.push_back(DemoModelFolder());
   std::vector<std::unique_ptr<Pipeline>> pipelines;
   for (const std::string& folder : folders) {
     for (const Device device : Devices(config)) {
+      if (signals.Arrived()) return {};
       PipelineOptions options;
       options.device = device;
       options.dtype = config.dtype;
@@ -84,6 +87,7 @@ std::vector<std::unique_ptr<Pipeline>> LoadPipelines(const ServerConfig& config)
       spdlog::info("loaded {} from {} on {}: {}, {:.1f} M parameters", pipeline.info().name, folder,
                    ToString(device), pipeline.device_description(),
                    static_cast<double>(pipeline.info().parameters) / 1e6);
+      if (signals.Arrived()) return {};
       WarmUp(pipeline, ParseWarmUp("warm_up", config.warm_up));
     }
   }
@@ -104,7 +108,11 @@ int Run(const ServerConfig& config) {
   Server server(config);
   spdlog::info("listening: grpc {}, http {}", server.grpc_address().ToString(),
                server.http_address().ToString());
-  std::vector<std::unique_ptr<Pipeline>> pipelines = LoadPipelines(config);
+  std::vector<std::unique_ptr<Pipeline>> pipelines = LoadPipelines(config, signals);
+  if (pipelines.empty()) {
+    spdlog::info("stopped before it was ready");
+    return 0;
+  }
   std::string models;
   for (const auto& pipeline : pipelines) {
     const std::string& name = pipeline->info().name;
@@ -124,9 +132,10 @@ int Run(const ServerConfig& config) {
   return clean ? 0 : 1;
 }
 
-// A wrong folder is a matter of configuration, a damaged file is not.
+// A wrong folder or option is a matter of configuration, a damaged file is not.
 int ExitCode(const Error& error) {
-  return error.code() == ErrorCode::kNotFound ? kExitBadConfiguration : 1;
+  const bool configuration = error.code() == ErrorCode::kNotFound || !error.violations().empty();
+  return configuration ? kExitBadConfiguration : 1;
 }
 
 }  // namespace
@@ -142,7 +151,7 @@ int main(int argc, char** argv) {
   CommandLine command_line;
   try {
     command_line = ReadCommandLine(argc, argv);
-  } catch (const Error& error) {
+  } catch (const std::exception& error) {
     std::fprintf(stderr, "slalomd: %s\n", error.what());
     return kExitBadConfiguration;
   }

@@ -18,7 +18,8 @@ namespace {
 [[noreturn]] void FailErrno(const std::string& what, int error) {
   const bool full = error == ENOSPC || error == EDQUOT || error == EFBIG;
   throw Error(full ? ErrorCode::kResourceExhausted : ErrorCode::kInternal,
-              "state_dir: " + what + ": " + std::strerror(error));
+              "state_dir: " + what + ": " + std::strerror(error) +
+                  (full ? "; make room on the server's disk" : ""));
 }
 
 }  // namespace
@@ -32,9 +33,14 @@ class ReplayBuffer::File {
   File& operator=(const File&) = delete;
 
   static std::shared_ptr<File> Temporary() {
-    std::string path = (std::filesystem::temp_directory_path() / "slalom-XXXXXX").string();
-    const int fd = mkostemp(path.data(), O_CLOEXEC);
-    if (fd < 0) FailErrno("cannot create '" + path + "'", errno);
+    std::error_code none;
+    const std::filesystem::path folder = std::filesystem::temp_directory_path(none);
+    std::string path = (folder / "slalom-XXXXXX").string();
+    const int fd = none ? -1 : mkostemp(path.data(), O_CLOEXEC);
+    if (fd < 0) {
+      FailErrno("is not set, and no temporary file can be made (TMPDIR, else /tmp)",
+                none ? none.value() : errno);
+    }
     unlink(path.c_str());
     return std::make_shared<File>(fd);
   }

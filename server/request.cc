@@ -129,7 +129,9 @@ ClipSpec ResolveRequest(const v1::GenerateVideoRequest& request, const Pipeline&
     spec = pipeline.Resolve(ToClipRequest(request));
   } catch (const Error& error) {
     if (error.violations().empty() && violations.empty()) throw;
-    for (const FieldViolation& violation : error.violations()) {
+    for (FieldViolation violation : error.violations()) {
+      if (violation.field == "topk")
+        violation.field = "attention.topk";  // as the contract names it
       const auto same = [&](const FieldViolation& v) { return v.field == violation.field; };
       if (std::none_of(violations.begin(), violations.end(), same)) {
         violations.push_back(violation);

@@ -33,6 +33,10 @@ constexpr auto kPollTime = std::chrono::milliseconds(100);
 // A dead client is noticed within this, even where nothing resets its connection.
 constexpr int kKeepaliveMs = 20'000;
 constexpr int kKeepaliveTimeoutMs = 10'000;
+// And a client may ask likewise: a stream that waits for its turn may be silent for long, and by
+// default gRPC takes more than a ping in five minutes for an attack and ends the connection, which
+// would cancel the job. Go's and Java's clients ask every ten seconds where they are told to.
+constexpr int kClientPingMs = 1'000;
 
 // What the fullest device has for clips beside its weights, but for a reserve that no prediction
 // covers: library handles, fragments. 0, no limit, where a device does not say.
@@ -61,7 +65,6 @@ ServiceOptions MakeServiceOptions(const ServerConfig& config) {
                             static_cast<std::int64_t>(config.max_kept_mib) << 20};
   // 0 would be "none" to the scheduler.
   options.desk.checkpoint_seconds = std::max(config.checkpoint_seconds, 1e-9);
-  options.desk.max_queue = config.max_queue;
   options.max_streams = config.max_streams;
   return options;
 }
@@ -75,7 +78,8 @@ class Server::Impl {
     StartGrpc();
     http_ = std::make_unique<HttpServer>(
         config_.http_listen,
-        HttpHandlers{[this] { return MetricsText(); }, [this] { return NotReady(); }});
+        HttpHandlers{[this] { return MetricsText(); }, [this] { return NotReady(); },
+                     [this] { return Broken(); }});
   }
 
   ~Impl() {
@@ -126,16 +130,26 @@ class Server::Impl {
       while (SchedulerClock::now() < deadline && !hurry() && Busy()) {
         std::this_thread::sleep_for(kPollTime);
       }
-      clean = scheduler_->Drain(SchedulerClock::now()) || archive_.durable();
+      clean = scheduler_->Drain(SchedulerClock::now());
       KeepCosts();
+      // Frames that the devices have made may still be waiting for their encoders.
+      clean = SettleUntil(deadline, hurry) && clean;
     }
-    service_.Settle(SchedulerClock::now() + kFlushTime);
     grpc_->Shutdown(std::chrono::system_clock::now() +
                     (hurry() ? decltype(kFlushTime)::zero() : kFlushTime));
-    return clean;
+    return clean || archive_.durable();
   }
 
  private:
+  bool SettleUntil(SchedulerClock::time_point deadline, const std::function<bool()>& hurry) {
+    const auto flushed = SchedulerClock::now() + kFlushTime;
+    while (!service_.Settle(SchedulerClock::now() + kPollTime)) {
+      const auto now = SchedulerClock::now();
+      if (now >= flushed && (now >= deadline || hurry())) return false;
+    }
+    return true;
+  }
+
   ServiceOptions Options() {
     ServiceOptions options = MakeServiceOptions(config_);
     // Probes by gRPC must hear of a lost device too.
@@ -154,6 +168,9 @@ class Server::Impl {
     builder.AddChannelArgument(GRPC_ARG_ALLOW_REUSEPORT, 0);
     builder.AddChannelArgument(GRPC_ARG_KEEPALIVE_TIME_MS, kKeepaliveMs);
     builder.AddChannelArgument(GRPC_ARG_KEEPALIVE_TIMEOUT_MS, kKeepaliveTimeoutMs);
+    builder.AddChannelArgument(GRPC_ARG_HTTP2_MIN_RECV_PING_INTERVAL_WITHOUT_DATA_MS,
+                               kClientPingMs);
+    builder.AddChannelArgument(GRPC_ARG_KEEPALIVE_PERMIT_WITHOUT_CALLS, 1);
     builder.SetMaxReceiveMessageSize(kMaxRequestBytes);
     builder.AddListeningPort(config_.listen.ToString(), grpc::InsecureServerCredentials(),
                              &grpc_port_);
@@ -198,6 +215,11 @@ class Server::Impl {
     if (!scheduler_->accepting()) return "draining";
     if (!scheduler_->healthy()) return "a device is lost";
     return "";
+  }
+
+  std::string Broken() const {
+    std::lock_guard lock(mutex_);
+    return scheduler_ && scheduler_->lost() ? "every device is lost" : "";
   }
 
   std::string MetricsText() {

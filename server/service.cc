@@ -86,7 +86,10 @@ class VideoService::Impl final : public RawService {
       v1::ResumeVideoRequest request;
       ParseMessage(*bytes, &request);
       const auto record = desk_.Find(request.job_id(), tenant.name);
-      CheckOffset(request.byte_offset(), *record);
+      if (request.byte_offset() < 0) {
+        throw Error({{"byte_offset",
+                      std::to_string(request.byte_offset()) + " is negative; give 0 or more"}});
+      }
       return StartStream(*context, record, request.byte_offset(), std::move(place));
     } catch (const Error& error) {
       return VideoStream::Refuse(ToStatus(error, desk_.RetrySeconds(error)));
@@ -151,17 +154,6 @@ class VideoService::Impl final : public RawService {
     return stream.get();
   }
 
-  static void CheckOffset(std::int64_t offset, const JobRecord& record) {
-    if (offset < 0) {
-      throw Error({{"byte_offset", std::to_string(offset) + " is negative; give 0 or more"}});
-    }
-    if (record.ended() && offset > record.video().size()) {
-      throw Error(ErrorCode::kOutOfRange, "byte_offset: " + std::to_string(offset) +
-                                              " is beyond the video's " +
-                                              std::to_string(record.video().size()) + " bytes");
-    }
-  }
-
   template <typename Request, typename Response, typename Handler>
   grpc::ServerUnaryReactor* Unary(CallbackServerContext* context, const ByteBuffer* bytes,
                                   ByteBuffer* response, const Handler& handler) {
@@ -204,7 +196,9 @@ VideoService::~VideoService() = default;
 grpc::Service* VideoService::grpc_service() { return impl_.get(); }
 void VideoService::Serve(Scheduler* scheduler) { impl_->desk().Serve(scheduler); }
 void VideoService::ParkQueue() { impl_->desk().ParkQueue(); }
-void VideoService::Settle(SchedulerClock::time_point deadline) { impl_->desk().Settle(deadline); }
+bool VideoService::Settle(SchedulerClock::time_point deadline) {
+  return impl_->desk().Settle(deadline);
+}
 void VideoService::Stop() { impl_->desk().Stop(); }
 
 }  // namespace slalom

@@ -37,8 +37,8 @@ class VideoService {
 
   // Asks the jobs that have not begun to end: a durable archive has them for the next process.
   void ParkQueue();
-  // Waits until every job's last byte is kept, or the deadline.
-  void Settle(SchedulerClock::time_point deadline);
+  // Waits until every job's last byte is kept, or the deadline. False when some are not.
+  bool Settle(SchedulerClock::time_point deadline);
   // Lets go of the scheduler, which may then be destroyed. To be called once gRPC has shut down.
   void Stop();
 

@@ -12,6 +12,15 @@ namespace {
 constexpr int kAutoFrames = 5;
 constexpr int kSteps = 2;
 
+ClipSpec Resolve(const Pipeline& pipeline, const ClipRequest& request) {
+  try {
+    return pipeline.Resolve(request);
+  } catch (const Error& error) {
+    if (error.violations().empty()) throw;
+    throw Error({{"warm_up", pipeline.info().name + " does not take it: " + error.what()}});
+  }
+}
+
 void RunClip(const Pipeline& pipeline, const WarmUpShape& shape) {
   const ModelInfo& info = pipeline.info();
   ClipRequest request;
@@ -22,7 +31,7 @@ void RunClip(const Pipeline& pipeline, const WarmUpShape& shape) {
       shape.num_frames > 0 ? shape.num_frames : std::min(kAutoFrames, info.max_frames);
   request.steps = std::min(kSteps, info.max_steps);
   request.seed = 1;
-  const auto clip = pipeline.Begin(pipeline.Resolve(request));
+  const auto clip = pipeline.Begin(Resolve(pipeline, request));
   Generation* batch[] = {clip.get()};
   while (!clip->denoised()) {
     const auto failures = pipeline.DenoiseStep(batch);

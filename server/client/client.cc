@@ -79,8 +79,8 @@ class Client::Impl {
  public:
   explicit Impl(const ClientOptions& options) : token_(options.token) {
     grpc::ChannelArguments arguments;
-    // A preview or a chunk is small; a statistics message grows with the layers.
-    arguments.SetMaxReceiveMessageSize(16 << 20);
+    // A list of jobs is as long as the server keeps jobs.
+    arguments.SetMaxReceiveMessageSize(-1);
     stub_ = v1::VideoGeneration::NewStub(
         grpc::CreateCustomChannel(options.server, grpc::InsecureChannelCredentials(), arguments));
   }

@@ -5,6 +5,7 @@
 #include <atomic>
 #include <csignal>
 #include <cstdio>
+#include <cstdlib>
 #include <ctime>
 #include <fstream>
 #include <map>
@@ -69,8 +70,9 @@ struct Arguments {
 };
 
 template <typename Value, typename Setter>
-void AddSetter(CLI::App* app, const std::string& flag, const std::string& help, Setter set) {
-  app->add_option_function<Value>(flag, set, help);
+CLI::Option* AddSetter(CLI::App* app, const std::string& flag, const std::string& help,
+                       Setter set) {
+  return app->add_option_function<Value>(flag, set, help);
 }
 
 void ParseSize(const std::string& text, v1::GenerateVideoRequest* request) {
@@ -104,7 +106,8 @@ void AddGenerate(CLI::App& app, Arguments& arguments) {
   AddSetter<double>(command, "--shift", "flow shift",
                     [request](double value) { request->set_flow_shift(value); });
   AddSetter<std::uint64_t>(command, "--seed", "equal seeds make equal clips",
-                           [request](std::uint64_t value) { request->set_seed(value); });
+                           [request](std::uint64_t value) { request->set_seed(value); })
+      ->check([](const std::string& text) { return text.starts_with('-') ? "is negative" : ""; });
   AddSetter<double>(command, "--topk", "share of key blocks attended exactly, in (0, 1]",
                     [request](double value) { request->mutable_attention()->set_topk(value); });
   AddSetter<int>(command, "--quality", "1 to 100",
@@ -133,7 +136,11 @@ void AddGenerate(CLI::App& app, Arguments& arguments) {
          {{"low", v1::PRIORITY_LOW}, {"normal", v1::PRIORITY_NORMAL}, {"high", v1::PRIORITY_HIGH}},
          [request](int value) { request->set_priority(static_cast<v1::Priority>(value)); });
   AddSetter<double>(command, "--deadline", "seconds the video may take, waiting included",
-                    [&arguments](double value) { arguments.generate.deadline_seconds = value; });
+                    [&arguments](double value) { arguments.generate.deadline_seconds = value; })
+      ->check([](const std::string& text) {
+        const double seconds = std::atof(text.c_str());  // a NaN compares false
+        return seconds >= 1e-3 && seconds <= 1e7 ? "" : "must be 0.001 to 10000000 seconds";
+      });
   command->add_option("--request-id", *request->mutable_request_id(),
                       "idempotency key: repeating it makes nothing twice");
   command->add_flag_callback(
@@ -158,6 +165,7 @@ int Run(int argc, char** argv) {
   Arguments arguments;
   CLI::App app{"slalom: prompts in, video out", "slalom"};
   app.require_subcommand(1);
+  app.fallthrough();  // --server may come after the subcommand
   app.add_option("--server", arguments.client.server, "HOST:PORT of slalomd")
       ->capture_default_str();
   app.add_option("--token-file", arguments.token_file, "file with the bearer token");

@@ -47,6 +47,11 @@ TEST(ErrorsTest, BadFieldsAreInvalidArgumentWithDetails) {
          r.mutable_attention()->set_mode(v1::ATTENTION_MODE_SLA);
          r.mutable_attention()->set_topk(nan);
        }},
+      {"attention.topk", "at most 1",
+       [](auto& r) {
+         r.mutable_attention()->set_mode(v1::ATTENTION_MODE_SLA);
+         r.mutable_attention()->set_topk(2);
+       }},
       {"sampler", "99", [](auto& r) { r.set_sampler(static_cast<v1::Sampler>(99)); }},
       {"output.quality", "101", [](auto& r) { r.mutable_output()->set_quality(101); }},
       {"output.codec", "7", [](auto& r) { r.mutable_output()->set_codec(v1::Codec(7)); }},
@@ -127,6 +132,18 @@ TEST(ErrorsTest, AFullQueueSaysWhenToTryAgain) {
   running.journal().Release();
   for (auto& job : jobs) EXPECT_EQ(job.get().code, StatusCode::OK);
   EXPECT_EQ(running.Generate(SmallClip()).code, StatusCode::OK);
+}
+
+TEST(ErrorsTest, AClipThatNeverFitsIsNotToBeTriedAgain) {
+  ServerConfig config;
+  config.clip_memory_mib = 10;
+  FakeOptions fake;
+  fake.cost.decode_bytes = 11 << 20;
+  const RunningServer running(fake, config);
+  const Outcome outcome = running.Generate(SmallClip());
+  EXPECT_EQ(outcome.code, StatusCode::RESOURCE_EXHAUSTED);
+  EXPECT_NE(outcome.message.find("10 MiB"), std::string::npos) << outcome.message;
+  EXPECT_FALSE(outcome.retry_seconds);
 }
 
 TEST(ErrorsTest, TenantsAndTheirQuotas) {
@@ -214,6 +231,9 @@ TEST(ErrorsTest, ALostDeviceIsUnavailableAndNotReady) {
     running.Get("/readyz", &status);
     return status == 503;
   }));
+  int healthy = 0;
+  running.Get("/healthz", &healthy);
+  EXPECT_EQ(healthy, 503) << "only a new process has a device again";
   EXPECT_EQ(running.Generate(SmallClip()).code, StatusCode::UNAVAILABLE);
 }
 

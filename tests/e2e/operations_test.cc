@@ -5,8 +5,10 @@
 #include <chrono>
 #include <filesystem>
 #include <future>
+#include <thread>
 
 #include "kernels/core/error.h"
+#include "slalom/v1/video_generation.grpc.pb.h"
 #include "tests/e2e/running_server.h"
 #include "tests/unit/server/prometheus_text.h"
 
@@ -48,6 +50,40 @@ TEST(OperationsTest, WarmingUpThenServing) {
   EXPECT_EQ(Health(running, "slalom.v1.VideoGeneration"), 1);
   EXPECT_EQ(running.Generate(SmallClip()).code, StatusCode::OK);
   EXPECT_EQ(StatusOf(running, "/no-such-page"), 404);
+}
+
+TEST(OperationsTest, AClientThatWaitsMayAskWhetherTheServerLives) {
+  RunningServer running;
+  running.journal().Hold();
+  grpc::ChannelArguments arguments;
+  arguments.SetInt(GRPC_ARG_USE_LOCAL_SUBCHANNEL_POOL, 1);
+  arguments.SetInt(GRPC_ARG_KEEPALIVE_TIME_MS, 1200);
+  arguments.SetInt(GRPC_ARG_HTTP2_MAX_PINGS_WITHOUT_DATA, 0);
+  arguments.SetInt(GRPC_ARG_HTTP2_MIN_SENT_PING_INTERVAL_WITHOUT_DATA_MS, 1200);
+  const auto stub = v1::VideoGeneration::NewStub(
+      grpc::CreateCustomChannel(running.address(), grpc::InsecureChannelCredentials(), arguments));
+  grpc::ClientContext context;
+  const auto reader = stub->GenerateVideo(&context, SmallClip());
+  ASSERT_TRUE(running.journal().WaitFor("begin"));
+  std::this_thread::sleep_for(std::chrono::seconds(6));  // gRPC bears two pings that it minds
+  running.journal().Release();
+  v1::GenerateVideoResponse event;
+  bool completed = false;
+  while (reader->Read(&event)) completed = completed || event.has_completed();
+  const grpc::Status status = reader->Finish();
+  EXPECT_TRUE(status.ok()) << status.error_message();
+  EXPECT_TRUE(completed);
+}
+
+// Each byte of a body would be a byte of the server's memory.
+TEST(OperationsTest, ABodyForTheHttpPortIsRefusedUnread) {
+  const RunningServer running;
+  for (const char* framing : {"Content-Length: 1000000000", "Transfer-Encoding: chunked"}) {
+    const std::string answer = running.RawHttp(
+        std::string("POST /metrics HTTP/1.1\r\nHost: here\r\n") + framing + "\r\n\r\n");
+    EXPECT_TRUE(answer.starts_with("HTTP/1.1 405")) << framing << ": " << answer;
+  }
+  EXPECT_EQ(StatusOf(running, "/metrics"), 200);
 }
 
 TEST(OperationsTest, ReflectionNamesTheService) {

@@ -93,6 +93,11 @@ TEST_F(ProcessTest, FailuresPrintCodeMessageAndAdviceAndLeaveNoFile) {
   EXPECT_FALSE(fs::exists(Path("bad.mp4.part")));
   EXPECT_EQ(Slalom({"generate", "a ball", "-o", Path("bad.mp4"), "--size", "big"})->Wait(), 2);
   EXPECT_EQ(Slalom({"generate", "a ball"})->Wait(), 2);
+  for (const char* deadline : {"0", "-1", "inf", "nan"}) {
+    EXPECT_EQ(Slalom({"generate", "a ball", "-o", Path("bad.mp4"), "--deadline", deadline})->Wait(),
+              2)
+        << deadline;
+  }
   address_ = "127.0.0.1:1";
   const auto nobody = Slalom({"models"});
   EXPECT_EQ(nobody->Wait(), 1);
@@ -190,6 +195,7 @@ TEST_F(ProcessTest, BadConfigurationExitsWithTwo) {
        std::vector<std::vector<std::string>>{{"--no-such-flag"},
                                              {"--listen", "nonsense"},
                                              {"--config", "/no/such/file"},
+                                             {"--config", "/tmp"},
                                              {"--device", "tpu"}}) {
     std::vector<std::string> all = {SLALOMD};
     all.insert(all.end(), arguments.begin(), arguments.end());
@@ -200,6 +206,9 @@ TEST_F(ProcessTest, BadConfigurationExitsWithTwo) {
   const auto no_model = Daemon({}, "/no/such/model");
   EXPECT_EQ(no_model->Wait(), 2);
   EXPECT_NE(no_model->err().find("/no/such/model"), std::string::npos) << no_model->err();
+  const auto bad_shape = Daemon({"--warm-up", "100x100x5"});
+  EXPECT_EQ(bad_shape->Wait(), 2);
+  EXPECT_NE(bad_shape->err().find("warm_up"), std::string::npos) << bad_shape->err();
 }
 
 TEST_F(ProcessTest, ADamagedModelFileIsAClearFailure) {

@@ -52,6 +52,8 @@ class RunningServer {
 
   // Body of an HTTP GET, and its status.
   std::string Get(const std::string& path, int* status = nullptr) const;
+  // These bytes to the HTTP port, and what comes back until it closes.
+  std::string RawHttp(const std::string& bytes) const;
 
  private:
   FakeOptions fake_;

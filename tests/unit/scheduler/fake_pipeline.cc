@@ -220,6 +220,7 @@ ClipSpec FakePipeline::Resolve(const ClipRequest& request) const {
   check(spec.fps >= 1 && spec.fps <= 60, "fps", "1 to 60");
   check(spec.steps >= 1 && spec.steps <= 100, "steps", "1 to 100");
   check(spec.guidance_scale >= 1.0 && spec.guidance_scale <= 20.0, "guidance_scale", "1 to 20");
+  check(!request.topk || (*request.topk > 0 && *request.topk <= 1), "topk", "above 0, at most 1");
   if (!violations.empty()) throw Error(std::move(violations));
   if (spec.attention == AttentionKind::kSalad) {
     throw Error(ErrorCode::kFailedPrecondition, "the fake model has no SALAD adapter");

@@ -331,6 +331,7 @@ TEST_F(SchedulerTest, AFullQueueRefuses) {
   const auto [code, message] = Refusal(Request("d", std::make_shared<RecordingSink>()));
   EXPECT_EQ(code, ErrorCode::kResourceExhausted);
   EXPECT_NE(message.find("at most 2"), std::string::npos) << message;
+  EXPECT_THROW(scheduler_->Submit(Request("d", std::make_shared<RecordingSink>())), QueueFull);
   EXPECT_EQ(scheduler_->Stats().queued[static_cast<std::size_t>(Priority::kNormal)], 2);
   scheduler_->Cancel("b");
   ASSERT_TRUE(b->WaitDone());

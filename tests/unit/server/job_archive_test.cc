@@ -7,8 +7,10 @@
 #include <filesystem>
 #include <fstream>
 #include <future>
+#include <set>
 #include <string>
 
+#include "server/job_id.h"
 #include "server/job_store.h"
 #include "server/video_job.h"
 #include "tests/unit/server/job_fixture.h"
@@ -99,30 +101,43 @@ TEST_F(JobArchiveTest, OnlyTheNewestCheckpointOfALiveJobIsKept) {
 }
 
 TEST_F(JobArchiveTest, FilesThatBelongToNoJobAreDeleted) {
+  const std::string live = NewJobId();
+  const std::string done = NewJobId();
+  const std::string failed = NewJobId();
+  const std::string damaged = NewJobId();
   {
     JobArchive archive(folder_);
-    for (const char* id : {"live", "done", "failed", "damaged"}) {
+    for (const std::string& id : {live, done, failed, damaged}) {
       archive.Accept(MakeOrigin(id));
       Write(archive, id, "0123456789");
     }
-    archive.End(Job("done", v1::JOB_STATE_SUCCEEDED, 10));
-    archive.End(Job("failed", v1::JOB_STATE_FAILED));
-    archive.End(Job("damaged", v1::JOB_STATE_SUCCEEDED, 11));
+    archive.End(Job(done, v1::JOB_STATE_SUCCEEDED, 10));
+    archive.End(Job(failed, v1::JOB_STATE_FAILED));
+    archive.End(Job(damaged, v1::JOB_STATE_SUCCEEDED, 11));
   }
-  std::ofstream(FileOf("stray.mp4")) << "x";
-  std::ofstream(FileOf("live.latent.part")) << "half";
+  std::ofstream(FileOf(NewJobId() + ".mp4")) << "x";
+  std::ofstream(FileOf(live + ".latent.part")) << "half";
   JobArchive archive(folder_);
   for (const auto& entry : archive.Load()) {
-    const bool ended = entry.origin.id == "done" || entry.origin.id == "failed";
+    const bool ended = entry.origin.id == done || entry.origin.id == failed;
     EXPECT_EQ(entry.ended.has_value(), ended) << entry.origin.id;
   }
-  int files = 0;
+  std::set<std::string> files;
   for (const auto& file : fs::directory_iterator(folder_ + "/jobs")) {
-    ++files;
-    const std::string name = file.path().filename();
-    EXPECT_TRUE(name == "live.mp4" || name == "done.mp4") << name;
+    files.insert(file.path().filename());
   }
-  EXPECT_EQ(files, 2);
+  EXPECT_EQ(files, (std::set<std::string>{live + ".mp4", done + ".mp4"}));
+}
+
+TEST_F(JobArchiveTest, OtherPeoplesFilesAreLeftAlone) {
+  fs::create_directories(folder_ + "/jobs/empty");
+  const std::set<std::string> files = {"thesis.txt", "holiday.mp4", NewJobId(),
+                                       NewJobId() + ".mp4.bak"};
+  for (const std::string& name : files) std::ofstream(FileOf(name)) << "x";
+  JobArchive archive(folder_);
+  EXPECT_TRUE(archive.Load().empty());
+  for (const std::string& name : files) EXPECT_TRUE(fs::exists(FileOf(name))) << name;
+  EXPECT_TRUE(fs::exists(FileOf("empty")));
 }
 
 TEST_F(JobArchiveTest, TwoServersCannotShareAFolder) {

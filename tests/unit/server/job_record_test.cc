@@ -104,6 +104,22 @@ TEST(JobRecordTest, ReadersResumeAtAnyByte) {
   }
 }
 
+TEST(JobRecordTest, AnOffsetBeyondTheVideoIsOutOfRangeOnceItsLengthIsKnown) {
+  const auto record = MakeRecord();
+  record->Accept(JobHandle(), 0, 0);
+  record->AppendVideo(Bytes("0123"));
+  ReadPosition position;
+  position.offset = 11;
+  EXPECT_FALSE(ReadAll(*record, &position).end) << "it may come to that";
+  record->AppendVideo(Bytes("456789"));
+  record->Succeed({});
+  const Reading reading = ReadAll(*record, &position);
+  ASSERT_TRUE(reading.end);
+  EXPECT_EQ(reading.end->error_code(), grpc::StatusCode::OUT_OF_RANGE);
+  EXPECT_NE(reading.end->error_message().find("10 bytes"), std::string::npos);
+  EXPECT_TRUE(reading.messages.empty());
+}
+
 TEST(JobRecordTest, AFailureEndsEveryReaderWithItsCode) {
   const auto record = MakeRecord();
   record->Accept(JobHandle(), 0, 0);
