@@ -3,6 +3,8 @@
 #include <spdlog/spdlog.h>
 
 #include <algorithm>
+#include <charconv>
+#include <limits>
 #include <map>
 #include <utility>
 
@@ -25,6 +27,36 @@ constexpr double kLongestRetrySeconds = 60;
 void SetPlace(int queue_position, double eta_seconds, v1::Job* job) {
   job->mutable_progress()->set_queue_position(queue_position);
   job->mutable_progress()->set_eta_seconds(eta_seconds);
+}
+
+// Clients take answers of 4 MiB unless they are told otherwise; one job is far below a MiB.
+constexpr std::size_t kPageBytes = 1 << 20;
+constexpr int kPageJobs = 1000;
+
+struct PageStart {
+  int most = kPageJobs;
+  std::uint64_t before = std::numeric_limits<std::uint64_t>::max();  // a job's sequence
+};
+
+PageStart ParsePage(const v1::ListJobsRequest& request) {
+  PageStart start;
+  std::vector<FieldViolation> violations;
+  if (request.page_size() < 0 || request.page_size() > kPageJobs) {
+    violations.push_back({"page_size", std::to_string(request.page_size()) + " is not in 0 to " +
+                                           std::to_string(kPageJobs)});
+  } else if (request.page_size() > 0) {
+    start.most = request.page_size();
+  }
+  const std::string& token = request.page_token();
+  const char* end = token.data() + token.size();
+  if (!token.empty()) {
+    const auto [at, error] = std::from_chars(token.data(), end, start.before);
+    if (error != std::errc() || at != end) {
+      violations.push_back({"page_token", "is none of ours; give an answer's next_page_token"});
+    }
+  }
+  if (!violations.empty()) throw Error(std::move(violations));
+  return start;
 }
 
 }  // namespace
@@ -185,19 +217,31 @@ v1::Job JobDesk::Describe(const JobRecord& record) const {
   return job;
 }
 
-std::vector<v1::Job> JobDesk::DescribeAll(const std::string& tenant) const {
+v1::ListJobsResponse JobDesk::List(const v1::ListJobsRequest& request,
+                                   const std::string& tenant) const {
+  const PageStart start = ParsePage(request);
   std::map<std::string, JobPlace> places;
   if (const Scheduler* scheduler = scheduler_; scheduler != nullptr) {
     for (JobPlace& place : scheduler->Places()) places[place.id] = std::move(place);
   }
-  std::vector<v1::Job> jobs;
-  for (const auto& record : store_.List(tenant)) {
-    jobs.push_back(record->Snapshot());
+  v1::ListJobsResponse page;
+  std::size_t bytes = 0;
+  std::uint64_t last = 0;
+  for (const auto& [sequence, record] : store_.List(tenant)) {
+    if (sequence >= start.before) continue;
+    if (page.jobs_size() == start.most || bytes > kPageBytes) {
+      page.set_next_page_token(std::to_string(last));
+      break;
+    }
+    v1::Job& job = *page.add_jobs() = record->Snapshot();
+    last = sequence;
     const auto place = places.find(record->id());
-    if (place == places.end() || jobs.back().state() >= v1::JOB_STATE_SUCCEEDED) continue;
-    SetPlace(place->second.queue_position, place->second.eta_seconds, &jobs.back());
+    if (place != places.end() && job.state() < v1::JOB_STATE_SUCCEEDED) {
+      SetPlace(place->second.queue_position, place->second.eta_seconds, &job);
+    }
+    bytes += job.ByteSizeLong();
   }
-  return jobs;
+  return page;
 }
 
 const char* JobDesk::RefusalReason(const Error& error) const {

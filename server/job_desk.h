@@ -60,8 +60,8 @@ class JobDesk {
   // A tenant's job; throws Error as JobStore::Find does.
   std::shared_ptr<JobRecord> Find(const std::string& id, const std::string& tenant) const;
   v1::Job Describe(const JobRecord& record) const;
-  // Newest first.
-  std::vector<v1::Job> DescribeAll(const std::string& tenant) const;
+  // A page of the tenant's jobs. Throws Error(kInvalidArgument).
+  v1::ListJobsResponse List(const v1::ListJobsRequest& request, const std::string& tenant) const;
 
   // Why a request was refused for now, as a metric's label; null when waiting does not help.
   const char* RefusalReason(const Error& error) const;

@@ -117,18 +117,17 @@ std::shared_ptr<JobRecord> JobStore::Find(const std::string& id, const std::stri
   return entry->second.record;
 }
 
-std::vector<std::shared_ptr<JobRecord>> JobStore::List(const std::string& tenant) const {
-  std::vector<const Entry*> found;
-  std::lock_guard lock(mutex_);
-  for (const auto& [id, entry] : entries_) {
-    if (entry.record->tenant() == tenant) found.push_back(&entry);
+std::vector<JobStore::Listed> JobStore::List(const std::string& tenant) const {
+  std::vector<Listed> found;
+  {
+    std::lock_guard lock(mutex_);
+    for (const auto& [id, entry] : entries_) {
+      if (entry.record->tenant() == tenant) found.push_back({entry.sequence, entry.record});
+    }
   }
   std::sort(found.begin(), found.end(),
-            [](const Entry* a, const Entry* b) { return a->sequence > b->sequence; });
-  std::vector<std::shared_ptr<JobRecord>> records;
-  records.reserve(found.size());
-  for (const Entry* entry : found) records.push_back(entry->record);
-  return records;
+            [](const Listed& a, const Listed& b) { return a.sequence > b.sequence; });
+  return found;
 }
 
 std::vector<std::shared_ptr<JobRecord>> JobStore::Live() const {

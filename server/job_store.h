@@ -42,8 +42,12 @@ class JobStore {
 
   // Throws Error: kNotFound, or kPermissionDenied when it is another tenant's.
   std::shared_ptr<JobRecord> Find(const std::string& id, const std::string& tenant) const;
+  struct Listed {
+    std::uint64_t sequence = 0;  // of acceptance
+    std::shared_ptr<JobRecord> record;
+  };
   // Newest first.
-  std::vector<std::shared_ptr<JobRecord>> List(const std::string& tenant) const;
+  std::vector<Listed> List(const std::string& tenant) const;
   // In the order of acceptance.
   std::vector<std::shared_ptr<JobRecord>> Live() const;
 

@@ -119,8 +119,8 @@ class VideoService::Impl final : public RawService {
   grpc::ServerUnaryReactor* ListJobs(CallbackServerContext* context, const ByteBuffer* request,
                                      ByteBuffer* response) override {
     return Unary<v1::ListJobsRequest, v1::ListJobsResponse>(
-        context, request, response, [this](const auto&, const auto& tenant, auto* out) {
-          for (v1::Job& job : desk_.DescribeAll(tenant.name)) *out->add_jobs() = std::move(job);
+        context, request, response, [this](const auto& in, const auto& tenant, auto* out) {
+          *out = desk_.List(in, tenant.name);
         });
   }
 

@@ -79,8 +79,8 @@ class Client::Impl {
  public:
   explicit Impl(const ClientOptions& options) : token_(options.token) {
     grpc::ChannelArguments arguments;
-    // A list of jobs is as long as the server keeps jobs.
-    arguments.SetMaxReceiveMessageSize(-1);
+    // A preview or a chunk is small; a statistics message grows with the layers.
+    arguments.SetMaxReceiveMessageSize(16 << 20);
     stub_ = v1::VideoGeneration::NewStub(
         grpc::CreateCustomChannel(options.server, grpc::InsecureChannelCredentials(), arguments));
   }
@@ -220,9 +220,15 @@ v1::Job Client::GetJob(const std::string& job_id) {
 }
 
 std::vector<v1::Job> Client::ListJobs() {
-  const auto response = impl_->Quick<v1::ListJobsRequest, v1::ListJobsResponse>(
-      &v1::VideoGeneration::Stub::ListJobs, {});
-  return {response.jobs().begin(), response.jobs().end()};
+  std::vector<v1::Job> jobs;
+  v1::ListJobsRequest request;
+  do {
+    const auto page = impl_->Quick<v1::ListJobsRequest, v1::ListJobsResponse>(
+        &v1::VideoGeneration::Stub::ListJobs, request);
+    jobs.insert(jobs.end(), page.jobs().begin(), page.jobs().end());
+    request.set_page_token(page.next_page_token());
+  } while (!request.page_token().empty());
+  return jobs;
 }
 
 std::vector<v1::Model> Client::ListModels() {

@@ -260,6 +260,37 @@ TEST(ServiceTest, JobsAndModelsAreListed) {
   EXPECT_GE(models[0].attention_size(), 2);
 }
 
+TEST(ServiceTest, ALongListComesInPages) {
+  RunningServer running;
+  for (int i = 0; i < 5; ++i) running.Generate(SmallClip("clip " + std::to_string(i)));
+  const auto stub = v1::VideoGeneration::NewStub(running.MakeChannel());
+  const auto list = [&](const v1::ListJobsRequest& request, v1::ListJobsResponse* page) {
+    grpc::ClientContext context;
+    return stub->ListJobs(&context, request, page).error_code();
+  };
+  v1::ListJobsRequest request;
+  request.set_page_size(2);
+  std::string prompts;
+  std::string sizes;
+  do {
+    v1::ListJobsResponse page;
+    ASSERT_EQ(list(request, &page), StatusCode::OK);
+    for (const v1::Job& job : page.jobs()) prompts += job.prompt().back();
+    sizes += std::to_string(page.jobs_size());
+    request.set_page_token(page.next_page_token());
+  } while (!request.page_token().empty());
+  EXPECT_EQ(prompts, "43210") << "newest first, each once";
+  EXPECT_EQ(sizes, "221");
+  v1::ListJobsResponse page;
+  request.set_page_token("x1");
+  EXPECT_EQ(list(request, &page), StatusCode::INVALID_ARGUMENT);
+  request.set_page_token("");
+  for (const int size : {-1, 1001}) {
+    request.set_page_size(size);
+    EXPECT_EQ(list(request, &page), StatusCode::INVALID_ARGUMENT) << size;
+  }
+}
+
 TEST(ServiceTest, ManyClientsAtOnceEachGetTheirOwn) {
   FakeOptions fake;
   fake.max_batch = 4;

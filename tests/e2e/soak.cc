@@ -331,11 +331,18 @@ class Soaker {
   // The first call after a restart may find the connection to the process that was killed.
   std::vector<v1::Job> ListJobs() {
     const auto give_up = Clock::now() + kPatience;
+    std::vector<v1::Job> jobs;
+    v1::ListJobsRequest request;
     while (true) {
       grpc::ClientContext context;
       v1::ListJobsResponse response;
-      const grpc::Status status = stub_->ListJobs(&context, {}, &response);
-      if (status.ok()) return {response.jobs().begin(), response.jobs().end()};
+      const grpc::Status status = stub_->ListJobs(&context, request, &response);
+      if (status.ok()) {
+        jobs.insert(jobs.end(), response.jobs().begin(), response.jobs().end());
+        request.set_page_token(response.next_page_token());
+        if (request.page_token().empty()) return jobs;
+        continue;
+      }
       if (status.error_code() != StatusCode::UNAVAILABLE || Clock::now() >= give_up) {
         Problem("ListJobs: " + status.error_message());
         return {};

@@ -49,7 +49,7 @@ TEST_F(JobStoreTest, ATenantFindsItsOwnJobsOnly) {
   EXPECT_EQ(CodeOf([&] { store.Find("b", "one"); }), ErrorCode::kPermissionDenied);
   EXPECT_EQ(CodeOf([&] { store.Find("c", "one"); }), ErrorCode::kNotFound);
   ASSERT_EQ(store.List("two").size(), 1u);
-  EXPECT_EQ(store.List("two")[0]->id(), "b");
+  EXPECT_EQ(store.List("two")[0].record->id(), "b");
 }
 
 TEST_F(JobStoreTest, ARepeatedRequestIdIsTheSameJob) {
