@@ -1,6 +1,5 @@
 // slalomd: reads what it is told, loads the models, serves until a signal.
 #include <google/protobuf/stubs/logging.h>
-#include <grpc/support/log.h>
 #include <spdlog/sinks/stdout_color_sinks.h>
 #include <spdlog/spdlog.h>
 #include <sys/resource.h>
@@ -16,6 +15,7 @@
 #include "kernels/core/error.h"
 #include "model/pipeline.h"
 #include "server/config.h"
+#include "server/grpc_log.h"
 #include "server/server.h"
 #include "server/warm_up.h"
 
@@ -51,12 +51,17 @@ class Signals {
   sigset_t set_;
 };
 
-// Every client that is connected takes a descriptor, and the usual limit is 1024.
-void RaiseDescriptorLimit() {
+// Every client that is connected takes a descriptor, and the usual limit is 1024. An encoder takes
+// one for its video, a client may have a connection without a stream.
+void RaiseDescriptorLimit(const ServerConfig& config) {
   rlimit limit{};
   if (getrlimit(RLIMIT_NOFILE, &limit) != 0) return;
   limit.rlim_cur = limit.rlim_max;
   setrlimit(RLIMIT_NOFILE, &limit);
+  const auto wanted = static_cast<rlim_t>(config.max_streams) * 2 + 100;
+  if (limit.rlim_max >= wanted) return;
+  spdlog::warn("{} descriptors may be open, too few for max_streams {}: allow {} (ulimit -Hn)",
+               limit.rlim_max, config.max_streams, wanted);
 }
 
 std::vector<Device> Devices(const ServerConfig& config) {
@@ -94,16 +99,9 @@ std::vector<std::unique_ptr<Pipeline>> LoadPipelines(const ServerConfig& config,
   return pipelines;
 }
 
-// gRPC's own lines are for those who look for them: what matters comes as an Error.
-void LogForGrpc(gpr_log_func_args* line) {
-  const auto level =
-      line->severity == GPR_LOG_SEVERITY_DEBUG ? spdlog::level::trace : spdlog::level::debug;
-  spdlog::log(level, "grpc {}:{}: {}", line->file, line->line, line->message);
-}
-
 int Run(const ServerConfig& config) {
-  gpr_set_log_function(LogForGrpc);
-  RaiseDescriptorLimit();
+  ForwardGrpcLog();
+  RaiseDescriptorLimit(config);
   const Signals signals;
   Server server(config);
   spdlog::info("listening: grpc {}, http {}", server.grpc_address().ToString(),

@@ -15,6 +15,7 @@
 
 #include "kernels/core/error.h"
 #include "scheduler/scheduler.h"
+#include "server/grpc_log.h"
 #include "server/http.h"
 #include "server/job_archive.h"
 #include "server/metrics.h"
@@ -23,8 +24,9 @@
 namespace slalom {
 namespace {
 
-// A request is a prompt and some numbers.
-constexpr int kMaxRequestBytes = 1 << 20;
+// A request is a prompt and some numbers; so much that one with far too long a prompt is still told
+// of the limit.
+constexpr int kMaxRequestBytes = 4 << 20;
 // How long clients may read on after the last job is done.
 constexpr auto kFlushTime = std::chrono::seconds(5);
 constexpr const char* kCostNote = "costs";
@@ -37,6 +39,7 @@ constexpr int kKeepaliveTimeoutMs = 10'000;
 // default gRPC takes more than a ping in five minutes for an attack and ends the connection, which
 // would cancel the job. Go's and Java's clients ask every ten seconds where they are told to.
 constexpr int kClientPingMs = 1'000;
+constexpr const char* kNotAccepting = "no connection is accepted any more";
 
 // What the fullest device has for clips beside its weights, but for a reserve that no prediction
 // covers: library handles, fragments. 0, no limit, where a device does not say.
@@ -214,12 +217,14 @@ class Server::Impl {
     if (!scheduler_) return "warming up";
     if (!scheduler_->accepting()) return "draining";
     if (!scheduler_->healthy()) return "a device is lost";
+    if (GrpcStoppedAccepting()) return kNotAccepting;
     return "";
   }
 
   std::string Broken() const {
     std::lock_guard lock(mutex_);
-    return scheduler_ && scheduler_->lost() ? "every device is lost" : "";
+    if (scheduler_ && scheduler_->lost()) return "every device is lost";
+    return GrpcStoppedAccepting() ? kNotAccepting : "";
   }
 
   std::string MetricsText() {

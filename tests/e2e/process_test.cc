@@ -1,10 +1,17 @@
 // The two programs as people run them: slalomd with a tiny random model, and slalom.
+#include <arpa/inet.h>
 #include <gtest/gtest.h>
+#include <httplib.h>
+#include <sys/resource.h>
+#include <sys/socket.h>
+#include <unistd.h>
 
 #include <csignal>
 #include <filesystem>
 #include <fstream>
+#include <memory>
 #include <string>
+#include <vector>
 
 #include "tests/e2e/process_fixture.h"
 #include "tests/unit/server/video_reader.h"
@@ -188,6 +195,36 @@ TEST_F(ProcessTest, ABusyPortIsAClearFailure) {
       {SLALOMD, "--models", Model(), "--listen", address_, "--http-listen", "127.0.0.1:0"});
   EXPECT_EQ(second.Wait(), 1);
   EXPECT_NE(second.err().find("cannot bind " + address_), std::string::npos) << second.err();
+}
+
+// gRPC's listener does not survive it, so whoever restarts servers must hear of it.
+TEST_F(ProcessTest, RunningOutOfDescriptorsIsSeenByTheProbes) {
+  Start();
+  httplib::Client http("http://" + http_address_);
+  ASSERT_EQ(http.Get("/healthz")->status, 200);
+  const rlimit few{40, 40};
+  ASSERT_EQ(prlimit(daemon_->pid(), RLIMIT_NOFILE, &few, nullptr), 0);
+  {
+    sockaddr_in address{};
+    address.sin_family = AF_INET;
+    address.sin_port =
+        htons(static_cast<std::uint16_t>(std::stoi(address_.substr(address_.rfind(':') + 1))));
+    address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+    std::vector<int> sockets;
+    for (int i = 0; i < 60; ++i) {
+      sockets.push_back(socket(AF_INET, SOCK_STREAM, 0));
+      connect(sockets.back(), reinterpret_cast<const sockaddr*>(&address), sizeof(address));
+    }
+    EXPECT_TRUE(daemon_->WaitForOutput("no connection is accepted any more")) << daemon_->err();
+    for (const int each : sockets) close(each);
+  }
+  for (const char* path : {"/healthz", "/readyz"}) {
+    const auto response = http.Get(path);
+    ASSERT_TRUE(response) << path;
+    EXPECT_EQ(response->status, 503) << path;
+  }
+  daemon_->Signal(SIGTERM);
+  EXPECT_EQ(daemon_->Wait(), 0);
 }
 
 TEST_F(ProcessTest, BadConfigurationExitsWithTwo) {
