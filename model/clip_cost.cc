@@ -181,8 +181,10 @@ void RateMeter::Add(double flops, double seconds) {
   if (!(seconds > 0) || !(flops > 0)) return;
   const double latest = flops / seconds;
   const double old = rate_.load(std::memory_order_relaxed);
-  rate_.store(measured() ? old + kNewest * (latest - old) : latest, std::memory_order_relaxed);
-  measured_.store(true, std::memory_order_relaxed);
+  const int runs = runs_.load(std::memory_order_relaxed);
+  const bool replaces = runs == 0 || (runs == 1 && latest > old);
+  rate_.store(replaces ? latest : old + kNewest * (latest - old), std::memory_order_relaxed);
+  runs_.store(std::min(runs + 1, 2), std::memory_order_relaxed);
 }
 
 }  // namespace slalom

@@ -141,14 +141,16 @@ void CostModel::ObserveStep(int number, const ClipCost& prior, int batch, double
   double alone = seconds;
   if (batch > 1) {
     const double known = Phase(kind, CostPhase::kStep).fit.count(work);
-    if (known >= kAloneFirst && seconds > 0) {
+    const double one = Seconds(kind, CostPhase::kStep, prior.step_work, prior.step_seconds);
+    // A shared step that is faster than one alone was: that one was cold, or the device has
+    // changed.
+    if (known >= kAloneFirst && seconds >= one) {
       // How long one takes is known: what is new is what the others add.
       if (kind.marginals.size() >= kMaxMarginals && !kind.marginals.contains(work)) {
         kind.marginals.erase(kind.marginals.begin());
       }
       auto& [mean, count] = kind.marginals[work];
-      const double one = Seconds(kind, CostPhase::kStep, prior.step_work, prior.step_seconds);
-      const double measured = std::clamp((seconds / one - 1.0) / (batch - 1), 0.0, 2.0);
+      const double measured = std::min((seconds / one - 1.0) / (batch - 1), 2.0);
       count = std::min(kMarginalMemory, count + 1);
       mean += (measured - mean) / count;
       alone = 0;

@@ -36,6 +36,19 @@ TEST(RateMeter, FollowsWhatItSees) {
   EXPECT_NEAR(meter.SecondsFor(1e9), 1.0, 1e-3);
 }
 
+TEST(RateMeter, ForgetsAColdStart) {
+  RateMeter meter(1e9);
+  meter.Add(1e9, 5.0);
+  meter.Add(1e9, 0.1);
+  EXPECT_NEAR(meter.SecondsFor(1e9), 0.1, 1e-12);
+  meter.Add(1e9, 0.2);
+  EXPECT_GT(meter.SecondsFor(1e9), 0.11);
+  RateMeter steady(1e9);
+  steady.Add(1e9, 1.0);
+  steady.Add(1e9, 2.0);  // not faster: the average moves as ever
+  EXPECT_NEAR(steady.SecondsFor(1e9), 1.18, 0.01);
+}
+
 struct Case {
   AttentionKind kind;
   int heads;

@@ -134,6 +134,13 @@ TEST_F(CostModelTest, LearnsWhetherBatchesPay) {
   EXPECT_NEAR(model_.StepSeconds(kind_, Clip(3), 1), 1.0, 0.05);  // not taken for a slow step
 }
 
+// Where all steps are shared no later step alone says that the first one was cold.
+TEST_F(CostModelTest, SharedStepsCorrectAColdStart) {
+  model_.ObserveStep(kind_, Clip(3), 1, 50);
+  for (int i = 0; i < 30; ++i) model_.ObserveStep(kind_, Clip(3), 8, 1.0);
+  EXPECT_NEAR(model_.StepSeconds(kind_, Clip(3), 8), 1.0, 0.3);
+}
+
 TEST_F(CostModelTest, BytesAreOnlyRaised) {
   model_.ObserveBytes(kind_, CostPhase::kStep, 1000, 900);
   EXPECT_EQ(model_.Predict(kind_, Clip(3)).step_bytes, 1000u);
