@@ -1,6 +1,5 @@
-// Lets initcheck follow cuBLASLt's products: a library to preload.
-//
-//   LD_PRELOAD=libinitialised_products.so compute-sanitizer --tool initcheck network_parity_test
+// Lets initcheck follow cuBLASLt's products: a library that model_on_gpu.sh's part `sanitize`
+// preloads.
 //
 // initcheck does not see what cuBLASLt's kernels for Hopper write (bulk stores), and calls reads of
 // a product reads of memory that nobody wrote. Here each product's place is set by cudaMemset,

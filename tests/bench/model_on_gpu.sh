@@ -116,11 +116,13 @@ kinds() { tr ' ' ',' <<<"$ATTENTION"; }
 # What NVIDIA's kernels do is not ours to judge: racecheck names pairs within cuBLASLt's, and initcheck does not see what
 # they write (tests/bench/initialised_products.cc).
 sanitize() {  # TOOL TEST SHARD
-  local program preload='' options=(--tool "$1" --report-api-errors no --error-exitcode 9) log="$out/$1-$2-$3.log"
+  local program options=(--tool "$1" --report-api-errors no --error-exitcode 9) log="$out/$1-$2-$3.log"
   find_program "$2" || return
   [ "$1" = memcheck ] || options+=(--kernel-name kns=slalom)
-  [ "$1" != initcheck ] || preload=$PRODUCTS_LIBRARY
-  LD_PRELOAD=$preload GTEST_TOTAL_SHARDS=$SHARDS GTEST_SHARD_INDEX=$3 timeout -k 5 "$LIMIT" compute-sanitizer "${options[@]}" \
+  # shellcheck disable=SC2016
+  [ "$1" != initcheck ] ||  # beside what compute-sanitizer itself preloads
+    program=(/bin/bash -c 'LD_PRELOAD=$0${LD_PRELOAD:+:$LD_PRELOAD} exec "$@"' "$PRODUCTS_LIBRARY" "${program[@]}")
+  GTEST_TOTAL_SHARDS=$SHARDS GTEST_SHARD_INDEX=$3 timeout -k 5 "$LIMIT" compute-sanitizer "${options[@]}" \
     "${program[@]}" --gtest_brief=1 --gtest_filter="${SANITIZE_FILTER:-*cuda*:*PipelineDevices*}" >"$log" 2>&1
   echo "exit $?" >>"$log"
 }
