@@ -43,7 +43,7 @@ void CheckSla(const SlaBackwardArgs& args) {
 
 // What the linear branch gives; it is done first, and the sparse branch adds to it.
 void LinearPart(const Context& context, const SlaBackwardArgs& args, const Tensor& delta) {
-  auto linear = SlaLinear<LinearGradientArgs>(args);
+  LinearGradientArgs linear{SlaLinear(args)};
   linear.d_out = args.d_out;
   linear.d_q = args.d_q;
   linear.d_k = args.d_k;

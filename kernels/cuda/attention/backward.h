@@ -61,18 +61,9 @@ struct QueryLists {
 QueryLists MakeQueryLists(const Context& context, const BlockMap& map);
 
 // --- the linear branch ---
-struct LinearGradientArgs {
-  Tensor q;  // [B, L, H, D] T, what the features are taken of
-  Tensor k;  // [B, L, H, D] T
-  Tensor v;  // [B, L, H, D] T
-  Feature feature = Feature::kSoftmax;
-  Tensor cos;  // [L, D / 2] f32, with kRotatedRelu
-  Tensor sin;
-  LinearScope scope = LinearScope::kAll;
-  const BlockMap* map = nullptr;  // unless scope is kAll
-  Tensor proj_weight;             // [D, D] f32, optional: the branch's output is projected by it
-  Tensor d_out;                   // [B, L, H, D] T: of the output, projected where it is
-  Tensor d_q;                     // [B, L, H, D] T, written
+struct LinearGradientArgs : LinearBranchInputs {
+  Tensor d_out;  // [B, L, H, D] T: of the output, projected where it is
+  Tensor d_q;    // [B, L, H, D] T, written
   Tensor d_k;
   Tensor d_v;
   Tensor delta;          // [B, H, L] f32, written: sum over channels of d_out times the output

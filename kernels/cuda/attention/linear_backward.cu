@@ -595,16 +595,10 @@ class Run {
   Tensor weight_;
 };
 
+// Those of the branch without its projection, which the gradient folds in elsewhere.
 LinearBranchArgs StateArgs(const LinearGradientArgs& args) {
-  LinearBranchArgs states;
-  states.q = args.q;
-  states.k = args.k;
-  states.v = args.v;
-  states.feature = args.feature;
-  states.cos = args.cos;
-  states.sin = args.sin;
-  states.scope = args.scope;
-  states.map = args.map;
+  LinearBranchArgs states{args};
+  states.proj_weight = Tensor();
   states.out = args.d_q;
   return states;
 }

@@ -13,7 +13,8 @@ namespace slalom::cuda {
 // products but not for the normaliser.
 enum class Feature { kSoftmax, kElu, kRelu, kRotatedRelu };
 
-struct LinearBranchArgs {
+// What the branch is a function of, forward and backward.
+struct LinearBranchInputs {
   Tensor q;  // [B, L, H, D] T, what the features are taken of
   Tensor k;  // [B, L, H, D] T
   Tensor v;  // [B, L, H, D] T
@@ -23,9 +24,12 @@ struct LinearBranchArgs {
   LinearScope scope = LinearScope::kAll;
   const BlockMap* map = nullptr;  // unless scope is kAll
   Tensor proj_weight;             // [D, D] f32, optional: the result is projected
-  Tensor proj_bias;               // [D] f32, with proj_weight
-  bool accumulate = false;        // add to what out holds
-  Tensor out;                     // [B, L, H, D] T
+};
+
+struct LinearBranchArgs : LinearBranchInputs {
+  Tensor proj_bias;         // [D] f32, with proj_weight
+  bool accumulate = false;  // add to what out holds
+  Tensor out;               // [B, L, H, D] T
 };
 
 // D is a multiple of 8 up to 384. Chooses the way.
@@ -55,7 +59,8 @@ StateKernelKind ChooseStateKernel(int compute_major);
 
 // Calls `visit` for one group of heads after the other, as many at once as memory is spent on. For
 // what TensorCoreLinearBranchFits.
-void VisitLinearStates(const Context& context, const LinearBranchArgs& args, StateKernelKind kernel,
+void VisitLinearStates(const Context& context, const LinearBranchInputs& inputs,
+                       StateKernelKind kernel,
                        const std::function<void(const LinearStates&)>& visit);
 
 // bf16 with D 64 or 128, 16-byte aligned, and for scopes other than kAll blocks in multiples of 64.

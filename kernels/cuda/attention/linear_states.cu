@@ -97,16 +97,16 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 // sums [heads, query blocks, elements] = mask [heads, query blocks, key blocks] times states.
-void SumScope(const Context& context, const LinearBranchArgs& args, std::int64_t first_head,
+void SumScope(const Context& context, const LinearBranchInputs& inputs, std::int64_t first_head,
               const Tensor& states, const Tensor& sums) {
-  const std::int64_t nq = args.map->classes.dim(2), nk = args.map->classes.dim(3);
+  const std::int64_t nq = inputs.map->classes.dim(2), nk = inputs.map->classes.dim(3);
   const std::int64_t heads = states.dim(0), elements = states.dim(2);
   const std::int64_t stride = Blocks(nk, 8) * 8;  // rows stay aligned
   const Tensor mask = context.Allocate({heads, nq, stride}, DType::kBF16);
   MaskKernel<<<static_cast<unsigned>(Blocks(mask.NumElements(), kThreads)), kThreads, 0,
-               context.stream>>>(args.map->classes.data<std::uint8_t>() + first_head * nq * nk,
+               context.stream>>>(inputs.map->classes.data<std::uint8_t>() + first_head * nq * nk,
                                  heads * nq, static_cast<int>(nk), static_cast<int>(stride),
-                                 args.scope == LinearScope::kMarginal, mask.data<bf16>());
+                                 inputs.scope == LinearScope::kMarginal, mask.data<bf16>());
   CheckLaunch("LinearBranch: scope");
   GemmArgs product;
   product.m = nq;
@@ -133,13 +133,13 @@ void RunStates(const Context& context, const StateProblem& problem, StateKernelK
 
 // Every key in scope: one sum per head, which the projection, transposed, is folded into.
 template <int kD>
-void SumAll(const Context& context, const LinearBranchArgs& args, StateKernelKind kernel,
+void SumAll(const Context& context, const LinearBranchInputs& inputs, StateKernelKind kernel,
             StateProblem& problem, const Tensor& weight, const Tensor& sums) {
   // One wave of blocks for one sample's heads. It must not depend on how many samples there are.
   const std::int64_t blocks = kernel == StateKernelKind::kHopper ? HopperStateBlocks(context, kD)
                                                                  : TensorCoreStateBlocks(context);
-  const std::int64_t length = args.q.dim(1), tiles = Blocks(length, kTile);
-  const std::int64_t blocks_per_head = std::max<std::int64_t>(blocks / args.q.dim(2), 1);
+  const std::int64_t length = inputs.q.dim(1), tiles = Blocks(length, kTile);
+  const std::int64_t blocks_per_head = std::max<std::int64_t>(blocks / inputs.q.dim(2), 1);
   problem.chunk = static_cast<int>(Blocks(tiles, blocks_per_head)) * kTile;
   const std::int64_t chunks = Blocks(length, problem.chunk);
   problem.states = context.Allocate({sums.dim(0), chunks, sums.dim(2)}, DType::kF32);
@@ -162,12 +162,13 @@ Tensor Transpose(const Context& context, const Tensor& weight, DType type) {
 }
 
 template <int kD>
-void Visit(const Context& context, const LinearBranchArgs& args, StateKernelKind kernel,
+void Visit(const Context& context, const LinearBranchInputs& inputs, StateKernelKind kernel,
            const std::function<void(const LinearStates&)>& visit) {
-  const bool whole = args.scope == LinearScope::kAll;
-  const std::int64_t heads = args.q.dim(0) * args.q.dim(2), elements = std::int64_t{kD + 1} * kD;
-  const std::int64_t query_states = whole ? 1 : args.map->classes.dim(2);
-  const std::int64_t key_states = whole ? 0 : args.map->classes.dim(3);
+  const bool whole = inputs.scope == LinearScope::kAll;
+  const std::int64_t heads = inputs.q.dim(0) * inputs.q.dim(2),
+                     elements = std::int64_t{kD + 1} * kD;
+  const std::int64_t query_states = whole ? 1 : inputs.map->classes.dim(2);
+  const std::int64_t key_states = whole ? 0 : inputs.map->classes.dim(3);
   std::int64_t at_once = heads;
   if (!whole) {
     const std::int64_t bytes = (query_states + key_states) * elements * 2;
@@ -176,22 +177,22 @@ void Visit(const Context& context, const LinearBranchArgs& args, StateKernelKind
   Tensor folded;
   LinearStates states;
   states.states_per_head = static_cast<int>(query_states);
-  if (args.proj_weight.defined()) {
+  if (inputs.proj_weight.defined()) {
     if (whole) {
-      folded = Transpose<kD, float>(context, args.proj_weight, DType::kF32);
+      folded = Transpose<kD, float>(context, inputs.proj_weight, DType::kF32);
     } else {
-      states.weight = Transpose<kD, bf16>(context, args.proj_weight, DType::kBF16);
+      states.weight = Transpose<kD, bf16>(context, inputs.proj_weight, DType::kBF16);
     }
   }
-  const bool rotated = args.feature == Feature::kRotatedRelu;
+  const bool rotated = inputs.feature == Feature::kRotatedRelu;
   StateProblem problem;
-  problem.features = {args.feature, rotated ? args.cos.data<float>() : nullptr,
-                      rotated ? args.sin.data<float>() : nullptr};
-  problem.k = args.k.data<bf16>();
-  problem.v = args.v.data<bf16>();
-  problem.batch = args.q.dim(0);
-  problem.length = args.q.dim(1);
-  problem.heads = args.q.dim(2);
+  problem.features = {inputs.feature, rotated ? inputs.cos.data<float>() : nullptr,
+                      rotated ? inputs.sin.data<float>() : nullptr};
+  problem.k = inputs.k.data<bf16>();
+  problem.v = inputs.v.data<bf16>();
+  problem.batch = inputs.q.dim(0);
+  problem.length = inputs.q.dim(1);
+  problem.heads = inputs.q.dim(2);
   problem.head_size = kD;
   for (std::int64_t first = 0; first < heads; first += at_once) {
     const std::int64_t count = std::min(at_once, heads - first);
@@ -199,12 +200,12 @@ void Visit(const Context& context, const LinearBranchArgs& args, StateKernelKind
     states.heads = static_cast<int>(count);
     states.sums = context.Allocate({count, query_states, elements}, DType::kBF16);
     if (whole) {
-      SumAll<kD>(context, args, kernel, problem, folded, states.sums);
+      SumAll<kD>(context, inputs, kernel, problem, folded, states.sums);
     } else {
-      problem.chunk = args.map->block_k;
+      problem.chunk = inputs.map->block_k;
       problem.states = context.Allocate({count, key_states, elements}, DType::kBF16);
       RunStates(context, problem, kernel);
-      SumScope(context, args, first, problem.states, states.sums);
+      SumScope(context, inputs, first, problem.states, states.sums);
     }
     problem.states = Tensor();  // its memory serves the next heads
     visit(states);
@@ -217,10 +218,11 @@ StateKernelKind ChooseStateKernel(int compute_major) {
   return compute_major == kHopperMajor ? StateKernelKind::kHopper : StateKernelKind::kTensorCore;
 }
 
-void VisitLinearStates(const Context& context, const LinearBranchArgs& args, StateKernelKind kernel,
+void VisitLinearStates(const Context& context, const LinearBranchInputs& inputs,
+                       StateKernelKind kernel,
                        const std::function<void(const LinearStates&)>& visit) {
-  args.q.dim(3) == 64 ? Visit<64>(context, args, kernel, visit)
-                      : Visit<128>(context, args, kernel, visit);
+  inputs.q.dim(3) == 64 ? Visit<64>(context, inputs, kernel, visit)
+                        : Visit<128>(context, inputs, kernel, visit);
 }
 
 }  // namespace slalom::cuda

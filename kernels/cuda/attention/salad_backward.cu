@@ -142,7 +142,7 @@ class Run {
     product.out = d_branch.raw();
     context_.gemm->Run(product);
 
-    auto gradient = SaladLinear<LinearGradientArgs>(args_);
+    LinearGradientArgs gradient{SaladLinear(args_)};
     gradient.d_out = d_branch;
     gradient.d_q = args_.d_q_normed;
     gradient.d_k = args_.d_k_normed;

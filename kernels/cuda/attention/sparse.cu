@@ -184,7 +184,7 @@ void CheckSla(const SlaArgs& args) {
 }
 
 LinearBranchArgs SlaLinearArgs(const SlaArgs& args) {
-  auto linear = SlaLinear<LinearBranchArgs>(args);
+  LinearBranchArgs linear{SlaLinear(args)};
   linear.proj_bias = args.proj_bias;
   linear.accumulate = true;
   linear.out = args.out;

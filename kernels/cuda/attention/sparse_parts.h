@@ -25,11 +25,10 @@ void SaladGates(const Context& context, const Tensor& x, const Tensor& weight, c
 // Every value of a sample becomes their mean; values [B, L] f32.
 void AverageSamples(const Context& context, const Tensor& values);
 
-// What the linear branches read. Linear is LinearBranchArgs or LinearGradientArgs, Args the struct
-// of either direction.
-template <class Linear, class Args>
-Linear SlaLinear(const Args& args) {
-  Linear linear;
+// What the linear branches read. Args is the struct of either direction.
+template <class Args>
+LinearBranchInputs SlaLinear(const Args& args) {
+  LinearBranchInputs linear;
   linear.q = args.q;
   linear.k = args.k;
   linear.v = args.v;
@@ -39,9 +38,9 @@ Linear SlaLinear(const Args& args) {
   linear.proj_weight = args.proj_weight;
   return linear;
 }
-template <class Linear, class Args>
-Linear SaladLinear(const Args& args) {
-  Linear linear;
+template <class Args>
+LinearBranchInputs SaladLinear(const Args& args) {
+  LinearBranchInputs linear;
   linear.q = args.q_normed;
   linear.k = args.k_normed;
   linear.v = args.v;
@@ -54,7 +53,7 @@ Linear SaladLinear(const Args& args) {
 // SALAD's linear branch, as LinearBranch takes it.
 template <class Args>
 LinearBranchArgs SaladLinearArgs(const Args& args, const Tensor& out) {
-  auto linear = SaladLinear<LinearBranchArgs>(args);
+  LinearBranchArgs linear{SaladLinear(args)};
   linear.out = out;
   return linear;
 }
