@@ -66,43 +66,6 @@ struct alignas(128) RowStorage {
   float vector[kD];
 };
 
-// sums = a m for m [kD (k), kD (n)], or a m^T with kTransposed.
-template <int kD, bool kTransposed>
-__device__ inline void Multiply(const std::uint32_t (&a)[kD / 16][4], const bf16 (&m)[kD][kD],
-                                float (&sums)[kD / 8][4]) {
-  const std::uint32_t base = SharedAddress(&m);
-  const int lane = threadIdx.x % 32;
-#pragma unroll
-  for (int i = 0; i < kD / 2; ++i) sums[i / 4][i % 4] = 0.0f;
-#pragma unroll
-  for (int step = 0; step < kD / 16; ++step) {
-#pragma unroll
-    for (int pair = 0; pair < kD / 16; ++pair) {
-      std::uint32_t b[4];
-      if constexpr (kTransposed) {
-        LoadMatrices(b, base + SwizzledOffset<kD / 8>(pair * 16 + lane / 16 * 8 + lane % 8,
-                                                      step * 2 + lane / 8 % 2));
-      } else {
-        LoadMatricesTransposed(
-            b, base + SwizzledOffset<kD / 8>(step * 16 + lane % 16, pair * 2 + lane / 16));
-      }
-      Mma16x8x16(sums[2 * pair], a[step], b[0], b[1]);
-      Mma16x8x16(sums[2 * pair + 1], a[step], b[2], b[3]);
-    }
-  }
-}
-
-template <int kD>
-__device__ inline void LoadFragments(std::uint32_t (&a)[kD / 16][4], const bf16 (&tile)[kTile][kD],
-                                     int row) {
-  const int lane = threadIdx.x % 32;
-#pragma unroll
-  for (int step = 0; step < kD / 16; ++step) {
-    LoadMatrices(a[step], SharedAddress(&tile) +
-                              SwizzledOffset<kD / 8>(row + lane % 16, step * 2 + lane / 16));
-  }
-}
-
 // A thread's pair of channels 8 i + 2 * (lane % 4) of row lane / 4 + 8 * half of a warp's 16.
 template <int kD>
 __device__ inline std::uint32_t* PairAt(bf16 (&tile)[kTile][kD], int row, int half, int i) {
@@ -119,12 +82,7 @@ __device__ float MapHalf(const RowParameters& p, const RowStorage<kD>& shared, R
                          std::uint32_t (&a)[kD / 16][4], int row, int half, std::int64_t token) {
   const int quad = threadIdx.x % 4;
   float x[kD / 4];
-#pragma unroll
-  for (int i = 0; i < kD / 8; ++i) {
-    const float2 pair = UnpackBf16(a[i / 2][i % 2 * 2 + half]);
-    x[2 * i] = pair.x;
-    x[2 * i + 1] = pair.y;
-  }
+  UnpackHalf<kD>(a, half, x);
   MapFeatures<4>(p.features.feature, x);
   float inverse = 1.0f;
   if constexpr (kQueries) {
@@ -140,16 +98,7 @@ __device__ float MapHalf(const RowParameters& p, const RowStorage<kD>& shared, R
   for (int i = 0; i < kD / 8; ++i) {
     *PairAt<kD>(tiles.x, row, half, i) = PackBf16(x[2 * i] * inverse, x[2 * i + 1] * inverse);
   }
-  if (p.features.feature == Feature::kRotatedRelu) {
-    const std::int64_t angle = token * (kD / 2) + quad;
-#pragma unroll
-    for (int i = 0; i < kD / 8; ++i) {
-      RotatePair(p.features.cos[angle + i * 4], p.features.sin[angle + i * 4], x[2 * i],
-                 x[2 * i + 1]);
-    }
-  }
-#pragma unroll
-  for (int i = 0; i < kD / 8; ++i) a[i / 2][i % 2 * 2 + half] = PackBf16(x[2 * i], x[2 * i + 1]);
+  RotateAndPackHalf<kD>(p.features, token, x, half, a);
   return inverse;
 }
 

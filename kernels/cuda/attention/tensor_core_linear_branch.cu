@@ -58,11 +58,7 @@ struct QueryFeatures {
                            const float* normaliser, int row, std::int64_t token,
                            std::int64_t last_token) {
     const int lane = threadIdx.x % 32;
-    const std::uint32_t base = SharedAddress(&tile);
-#pragma unroll
-    for (int step = 0; step < kD / 16; ++step) {
-      LoadMatrices(a[step], base + SwizzledOffset<kD / 8>(row + lane % 16, step * 2 + lane / 16));
-    }
+    LoadFragments<kD>(a, tile, row);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const std::int64_t own = token + lane / 4 + half * 8;
@@ -71,17 +67,11 @@ struct QueryFeatures {
   }
 
  private:
-  // Channels of a register: step * 16 + 2 * (lane % 4), the next, and 8 further for the second.
   __device__ void Map(const FeatureParameters& p, const float* normaliser, int half,
                       std::int64_t token) {
     const int quad = threadIdx.x % 4;
     float x[kD / 4];
-#pragma unroll
-    for (int i = 0; i < kD / 8; ++i) {
-      const float2 pair = UnpackBf16(a[i / 2][i % 2 * 2 + half]);
-      x[2 * i] = pair.x;
-      x[2 * i + 1] = pair.y;
-    }
+    UnpackHalf<kD>(a, half, x);
     MapFeatures<4>(p.feature, x);
     float sum = 0.0f;
 #pragma unroll
@@ -90,43 +80,9 @@ struct QueryFeatures {
       sum += x[2 * i] * z.x + x[2 * i + 1] * z.y;
     }
     inverse[half] = 1.0f / (GroupSum<4>(sum) + kNormaliserEpsilon);
-    if (p.feature == Feature::kRotatedRelu) {
-      const std::int64_t angle = token * (kD / 2) + quad;
-#pragma unroll
-      for (int i = 0; i < kD / 8; ++i) {
-        RotatePair(p.cos[angle + i * 4], p.sin[angle + i * 4], x[2 * i], x[2 * i + 1]);
-      }
-    }
-#pragma unroll
-    for (int i = 0; i < kD / 8; ++i) {
-      a[i / 2][i % 2 * 2 + half] = PackBf16(x[2 * i], x[2 * i + 1]);
-    }
+    RotateAndPackHalf<kD>(p, token, x, half, a);
   }
 };
-
-// sums = a m for m [kD (k), kD (n)].
-template <int kD>
-__device__ inline void Multiply(const std::uint32_t (&a)[kD / 16][4], const bf16 (&m)[kD][kD],
-                                float (&sums)[kD / 8][4]) {
-  const std::uint32_t base = SharedAddress(&m);
-  const int lane = threadIdx.x % 32;
-#pragma unroll
-  for (int i = 0; i < kD / 8; ++i) {
-#pragma unroll
-    for (int j = 0; j < 4; ++j) sums[i][j] = 0.0f;
-  }
-#pragma unroll
-  for (int step = 0; step < kD / 16; ++step) {
-#pragma unroll
-    for (int pair = 0; pair < kD / 16; ++pair) {
-      std::uint32_t b[4];
-      LoadMatricesTransposed(
-          b, base + SwizzledOffset<kD / 8>(step * 16 + lane % 16, pair * 2 + lane / 16));
-      Mma16x8x16(sums[2 * pair], a[step], b[0], b[1]);
-      Mma16x8x16(sums[2 * pair + 1], a[step], b[2], b[3]);
-    }
-  }
-}
 
 // Adds bias and what the tile holds (each only if there), and leaves the result in the tile.
 template <int kD>
@@ -161,7 +117,7 @@ __device__ inline void MultiplyTile(const ApplyParameters& p, const ApplyTiles<k
                                     float (&sums)[kD / 8][4]) {
   {
     QueryFeatures<kD> query(p.features, q, tiles.normaliser, row, token, p.length - 1);
-    Multiply<kD>(query.a, tiles.state, sums);
+    Multiply<kD, false>(query.a, tiles.state, sums);
 #pragma unroll
     for (int i = 0; i < kD / 8; ++i) {
 #pragma unroll
@@ -175,7 +131,7 @@ __device__ inline void MultiplyTile(const ApplyParameters& p, const ApplyTiles<k
     linear[i / 2][i % 2 * 2] = PackBf16(sums[i][0], sums[i][1]);
     linear[i / 2][i % 2 * 2 + 1] = PackBf16(sums[i][2], sums[i][3]);
   }
-  Multiply<kD>(linear, tiles.weight, sums);
+  Multiply<kD, false>(linear, tiles.weight, sums);
 }
 
 // Grid (groups of p.tiles tiles of queries, heads).
