@@ -277,6 +277,32 @@ __global__ void __launch_bounds__(kThreads)
   p.slopes[i] = sum;
 }
 
+// A key's features, as they meet V and as they meet ones, and its value.
+struct KeyRows {
+  Row feature, divisor, v;
+
+  template <typename T>
+  __device__ KeyRows(const LinearParameters<T>& p, std::int64_t at) {
+    feature.Load(p.k_feature + at, p.size);
+    divisor.Load(p.k_divisor + at, p.size);
+    v.Load(p.v + at, p.size);
+  }
+};
+
+// d x of one token, to `d_x`, from the gradients of its features as they meet the other side's and
+// of those in the normaliser.
+template <typename T>
+__device__ inline void StoreGradient(const LinearParameters<T>& p, const Place& place,
+                                     const Row& divisor, Row d_feature, const Row& d_divisor,
+                                     T* d_x) {
+  if (p.features.feature == Feature::kRotatedRelu) {
+    d_feature.Rotate(p.features, place.token, p.size, true);
+  }
+  d_feature.Add(1.0f, d_divisor);
+  FeatureGradient(p.features.feature, divisor, d_feature);
+  d_feature.Store(d_x + place.At(place.token), p.size, false);
+}
+
 template <typename T>
 __global__ void __launch_bounds__(kThreads) LinearQueryKernel(const LinearParameters<T> p) {
   const std::int64_t row = static_cast<std::int64_t>(blockIdx.x) * kWarps + threadIdx.x / 32;
@@ -290,12 +316,9 @@ __global__ void __launch_bounds__(kThreads) LinearQueryKernel(const LinearParame
   float divisor = kNormaliserEpsilon;
   for (std::int64_t key = 0; key < p.length; ++key) {
     if (!p.InScope(place.head_index, place.token, key)) continue;
-    Row k_feature, k_divisor, v;
-    k_feature.Load(p.k_feature + place.At(key), p.size);
-    k_divisor.Load(p.k_divisor + place.At(key), p.size);
-    v.Load(p.v + place.At(key), p.size);
-    divisor += own_divisor.Dot(k_divisor);
-    out.Add(feature.Dot(k_feature), v);
+    const KeyRows k(p, place.At(key));
+    divisor += own_divisor.Dot(k.divisor);
+    out.Add(feature.Dot(k.feature), k.v);
   }
   out.Scale(1.0f / divisor);
   out.Store(p.out + at, p.size, false);
@@ -307,19 +330,11 @@ __global__ void __launch_bounds__(kThreads) LinearQueryKernel(const LinearParame
   Row d_feature, d_divisor;
   for (std::int64_t key = 0; key < p.length; ++key) {
     if (!p.InScope(place.head_index, place.token, key)) continue;
-    Row k_feature, k_divisor, v;
-    k_feature.Load(p.k_feature + place.At(key), p.size);
-    k_divisor.Load(p.k_divisor + place.At(key), p.size);
-    v.Load(p.v + place.At(key), p.size);
-    d_feature.Add(slope.Dot(v) / divisor, k_feature);
-    d_divisor.Add(-delta / divisor, k_divisor);
+    const KeyRows k(p, place.At(key));
+    d_feature.Add(slope.Dot(k.v) / divisor, k.feature);
+    d_divisor.Add(-delta / divisor, k.divisor);
   }
-  if (p.features.feature == Feature::kRotatedRelu) {
-    d_feature.Rotate(p.features, place.token, p.size, true);
-  }
-  d_feature.Add(1.0f, d_divisor);
-  FeatureGradient(p.features.feature, own_divisor, d_feature);
-  d_feature.Store(p.d_q + at, p.size, false);
+  StoreGradient(p, place, own_divisor, d_feature, d_divisor, p.d_q);
 }
 
 template <typename T>
@@ -330,10 +345,8 @@ __global__ void __launch_bounds__(kThreads) LinearKeyKernel(const LinearParamete
   const std::int64_t at = place.At(place.token);
   const float* divisors = p.divisor + place.head_index * p.length;
   const float* deltas = p.delta + place.head_index * p.length;
-  Row feature, own_divisor, v, d_feature, d_divisor, d_v;
-  feature.Load(p.k_feature + at, p.size);
-  own_divisor.Load(p.k_divisor + at, p.size);
-  v.Load(p.v + at, p.size);
+  const KeyRows own(p, at);
+  Row d_feature, d_divisor, d_v;
   for (std::int64_t query = 0; query < p.length; ++query) {
     if (!p.InScope(place.head_index, query, place.token)) continue;
     Row q_feature, q_divisor, slope;
@@ -341,16 +354,11 @@ __global__ void __launch_bounds__(kThreads) LinearKeyKernel(const LinearParamete
     q_divisor.Load(p.q_divisor + place.At(query), p.size);
     slope.Load(p.slopes + place.At(query), p.size);
     const float inverse = 1.0f / divisors[query];
-    d_v.Add(inverse * feature.Dot(q_feature), slope);
-    d_feature.Add(inverse * v.Dot(slope), q_feature);
+    d_v.Add(inverse * own.feature.Dot(q_feature), slope);
+    d_feature.Add(inverse * own.v.Dot(slope), q_feature);
     d_divisor.Add(-inverse * deltas[query], q_divisor);
   }
-  if (p.features.feature == Feature::kRotatedRelu) {
-    d_feature.Rotate(p.features, place.token, p.size, true);
-  }
-  d_feature.Add(1.0f, d_divisor);
-  FeatureGradient(p.features.feature, own_divisor, d_feature);
-  d_feature.Store(p.d_k + at, p.size, false);
+  StoreGradient(p, place, own.divisor, d_feature, d_divisor, p.d_k);
   d_v.Store(p.d_v + at, p.size, false);
 }
 
