@@ -40,8 +40,8 @@ void SparseBranchGradient::AddPair(std::int64_t i, std::int64_t j) {
   const std::int64_t keys = std::min(block_k_, p_.length - first_key);
   const std::int64_t d = p_.head_size;
   const float scale = 1.0f / std::sqrt(static_cast<float>(d));
-  const float* q = p_.q->data() + first * width_;
-  const float* d_out = p_.d_out->data() + first * width_;
+  const float* q = p_.head->q.data() + first * width_;
+  const float* d_out = p_.head->d_out.data() + first * width_;
   const auto product = [&](const float* a, const HeadMatrix& b, float* c) {
     kernels_.gemm({.m = rows,
                    .n = padded_k_,
@@ -84,23 +84,23 @@ void SparseBranchGradient::AddPair(std::int64_t i, std::int64_t j) {
                    .ldc = width_,
                    .accumulate = true});
   };
-  add_to_keys(probabilities_, d_out, *p_.d_v);
-  add_to_keys(slopes_, q, *p_.d_k);
+  add_to_keys(probabilities_, d_out, p_.head->d_v);
+  add_to_keys(slopes_, q, p_.head->d_k);
   kernels_.gemm({.m = rows,
                  .n = width_,
                  .k = keys,
                  .a = slopes_.data(),
                  .a_row = padded_k_,
-                 .b = p_.k->data() + first_key * width_,
+                 .b = p_.head->k.data() + first_key * width_,
                  .ldb = width_,
-                 .c = p_.d_q->data() + first * width_,
+                 .c = p_.head->d_q.data() + first * width_,
                  .ldc = width_,
                  .accumulate = true});
 }
 
 void SparseBranchGradient::Run() {
-  Transpose(*p_.k, keys_);
-  Transpose(*p_.v, values_);
+  Transpose(p_.head->k, keys_);
+  Transpose(p_.head->v, values_);
   const BlockMap& map = *p_.map;
   const std::int64_t query_blocks = map.classes.dim(2);
   for (std::int64_t i = 0; i < query_blocks; ++i) {

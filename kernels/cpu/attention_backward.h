@@ -37,6 +37,27 @@ void StoreHead(const simd::Kernels& kernels, const HeadMatrix& rows, const HeadR
   }
 }
 
+// What the gradients of one head read, and what they are added to.
+struct HeadTensors {
+  HeadMatrix q, k, v, d_out;
+  HeadMatrix d_q, d_k, d_v;
+
+  // `load(x)` is the head's part of a tensor. Args is the struct of either attention.
+  template <class Args, class Load>
+  static HeadTensors Of(const Args& args, const Load& load) {
+    HeadTensors head{load(args.q), load(args.k), load(args.v), load(args.d_out), {}, {}, {}};
+    head.d_q = head.d_k = head.d_v = HeadMatrix(head.q.size(), 0.0f);
+    return head;
+  }
+  // `store(rows, x)` writes the head's part of a tensor.
+  template <class Args, class Store>
+  void StoreGradients(const Args& args, const Store& store) const {
+    store(d_q, args.d_q);
+    store(d_k, args.d_k);
+    store(d_v, args.d_v);
+  }
+};
+
 // The sparse branch of one head.
 class SparseBranchGradient {
  public:
@@ -46,8 +67,7 @@ class SparseBranchGradient {
     std::int64_t head_index = 0;   // of all samples' heads
     const float* lse = nullptr;    // [length]
     const float* delta = nullptr;  // [length]: the sum over channels of d_out times the output
-    const HeadMatrix *q = nullptr, *k = nullptr, *v = nullptr, *d_out = nullptr;
-    HeadMatrix *d_q = nullptr, *d_k = nullptr, *d_v = nullptr;  // added to
+    HeadTensors* head = nullptr;
   };
 
   SparseBranchGradient(const simd::Kernels& kernels, const Problem& problem);
@@ -64,6 +84,23 @@ class SparseBranchGradient {
   HeadMatrix keys_, values_;                    // transposed by blocks: [blocks, D, padded_k]
   HeadMatrix probabilities_, slopes_, maxima_;  // of one pair; [block_q, padded_k] each
 };
+
+// Adds the sparse branch's gradients to those of one head, of all samples' heads. `delta` [length]
+// is as in the problem; Args is the struct of either attention.
+template <class Args>
+void AddSparseBranch(const simd::Kernels& kernels, const Args& args, std::int64_t head_index,
+                     const std::vector<float>& delta, HeadTensors& head) {
+  const std::int64_t length = args.q.dim(1);
+  const SparseBranchGradient::Problem problem{
+      .length = length,
+      .head_size = args.q.dim(3),
+      .map = args.map,
+      .head_index = head_index,
+      .lse = args.lse.template data<float>() + head_index * length,
+      .delta = delta.data(),
+      .head = &head};
+  SparseBranchGradient(kernels, problem).Run();
+}
 
 // The linear branch of one head: rows = feature(q) H / (divisor(q) z + 1e-5), where H and z sum
 // feature(k)^T v and divisor(k) over the key blocks in scope.

@@ -332,36 +332,19 @@ class SaladGradient {
     const auto store = [&](const HeadMatrix& rows, const Tensor& x) {
       StoreHead(kernels_, rows, by_head(x), s_.length, size);
     };
-    const HeadMatrix q = load(args_.q), k = load(args_.k), v = load(args_.v);
-    const HeadMatrix d_out = load(args_.d_out), out = load(args_.out);
-    HeadMatrix d_q(q.size(), 0.0f), d_k = d_q, d_v = d_q;
+    HeadTensors own = HeadTensors::Of(args_, load);
+    const HeadMatrix out = load(args_.out);
     std::vector<float> delta(static_cast<std::size_t>(s_.length));
     for (std::int64_t p = 0; p < s_.length; ++p) {
       const std::int64_t token = order != nullptr ? order[p] : p;
       const float* added = mixed.data() + (b * s_.length + token) * ld_ + h * size;
-      const float* slope = d_out.data() + p * width;
+      const float* slope = own.d_out.data() + p * width;
       delta[static_cast<std::size_t>(p)] =
           kernels_.dot(slope, out.data() + p * width, size) - kernels_.dot(slope, added, size);
-      std::copy_n(linear_d_v.data() + token * width, width, d_v.data() + p * width);
+      std::copy_n(linear_d_v.data() + token * width, width, own.d_v.data() + p * width);
     }
-    const SparseBranchGradient::Problem problem{
-        .length = s_.length,
-        .head_size = size,
-        .map = args_.map,
-        .head_index = head,
-        .lse = args_.lse.template data<float>() + head * s_.length,
-        .delta = delta.data(),
-        .q = &q,
-        .k = &k,
-        .v = &v,
-        .d_out = &d_out,
-        .d_q = &d_q,
-        .d_k = &d_k,
-        .d_v = &d_v};
-    SparseBranchGradient(kernels_, problem).Run();
-    store(d_q, args_.d_q);
-    store(d_k, args_.d_k);
-    store(d_v, args_.d_v);
+    AddSparseBranch(kernels_, args_, head, delta, own);
+    own.StoreGradients(args_, store);
   }
 
   const simd::Kernels& kernels_;

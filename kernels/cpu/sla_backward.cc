@@ -55,13 +55,7 @@ class SlaHead {
         head_index_(head_index),
         width_(RoundUp(s.head_size, 16)),
         floats_(static_cast<std::size_t>(s.length * width_)),
-        q_(Load(args.q)),
-        k_(Load(args.k)),
-        v_(Load(args.v)),
-        d_out_(Load(args.d_out)),
-        d_q_(floats_, 0.0f),
-        d_k_(floats_, 0.0f),
-        d_v_(floats_, 0.0f),
+        own_(HeadTensors::Of(args, [this](const Tensor& x) { return Load(x); })),
         delta_(static_cast<std::size_t>(s.length)) {}
 
   // d_weight [D, width] and d_bias [width]: this head's share; unused without a projection.
@@ -69,35 +63,18 @@ class SlaHead {
     const HeadMatrix out = Load(args_.out);
     for (std::int64_t r = 0; r < s_.length; ++r) {
       delta_[static_cast<std::size_t>(r)] =
-          kernels_.dot(out.data() + r * width_, d_out_.data() + r * width_, s_.head_size);
+          kernels_.dot(out.data() + r * width_, own_.d_out.data() + r * width_, s_.head_size);
     }
     if (args_.proj_weight.defined()) Linear(d_weight, d_bias);
-    const SparseBranchGradient::Problem sparse{
-        .length = s_.length,
-        .head_size = s_.head_size,
-        .map = args_.map,
-        .head_index = head_index_,
-        .lse = args_.lse.template data<float>() + head_index_ * s_.length,
-        .delta = delta_.data(),
-        .q = &q_,
-        .k = &k_,
-        .v = &v_,
-        .d_out = &d_out_,
-        .d_q = &d_q_,
-        .d_k = &d_k_,
-        .d_v = &d_v_};
-    SparseBranchGradient(kernels_, sparse).Run();
-    Store(d_q_, args_.d_q);
-    Store(d_k_, args_.d_k);
-    Store(d_v_, args_.d_v);
+    AddSparseBranch(kernels_, args_, head_index_, delta_, own_);
+    own_.StoreGradients(args_, [&](const HeadMatrix& rows, const Tensor& x) {
+      StoreHead(kernels_, rows, Own<T>(x), s_.length, s_.head_size);
+    });
   }
 
  private:
   HeadMatrix Load(const Tensor& x) const {
     return LoadHead(kernels_, Own<const T>(x), s_.length, s_.head_size);
-  }
-  void Store(const HeadMatrix& rows, const Tensor& x) const {
-    StoreHead(kernels_, rows, Own<T>(x), s_.length, s_.head_size);
   }
   template <typename U>
   HeadRows<U> Own(const Tensor& x) const {
@@ -123,7 +100,7 @@ class SlaHead {
 
   void Linear(float* d_weight, float* d_bias) {
     const std::int64_t d = s_.head_size;
-    const HeadMatrix q_features = Features(q_), k_features = Features(k_);
+    const HeadMatrix q_features = Features(own_.q), k_features = Features(own_.k);
     // With every key in scope one state serves all: then blocks are the whole sequence.
     const bool whole = args_.scope == LinearScope::kAll;
     const LinearBranchGradient::Problem problem{
@@ -136,7 +113,7 @@ class SlaHead {
         .q_divisor = &q_features,
         .k_feature = &k_features,
         .k_divisor = &k_features,
-        .v = &v_};
+        .v = &own_.v};
     LinearBranchGradient branch(kernels_, problem);
     HeadMatrix linear;
     branch.Forward(linear);
@@ -148,7 +125,7 @@ class SlaHead {
     kernels_.gemm({.m = s_.length,
                    .n = width_,
                    .k = d,
-                   .a = d_out_.data(),
+                   .a = own_.d_out.data(),
                    .a_row = width_,
                    .b = weight.data(),
                    .ldb = width_,
@@ -157,7 +134,7 @@ class SlaHead {
     kernels_.gemm({.m = d,
                    .n = width_,
                    .k = s_.length,
-                   .a = d_out_.data(),
+                   .a = own_.d_out.data(),
                    .a_row = 1,
                    .a_column = width_,
                    .b = linear.data(),
@@ -167,22 +144,22 @@ class SlaHead {
     HeadMatrix d_q_feature(floats_, 0.0f), d_q_divisor(floats_, 0.0f);
     HeadMatrix d_k_feature(floats_, 0.0f), d_k_divisor(floats_, 0.0f);
     std::vector<float> delta;
-    branch.Backward(linear, d_linear, d_q_feature, d_q_divisor, d_k_feature, d_k_divisor, d_v_,
+    branch.Backward(linear, d_linear, d_q_feature, d_q_divisor, d_k_feature, d_k_divisor, own_.d_v,
                     delta);
     std::fill_n(d_bias, width_, 0.0f);
     for (std::int64_t r = 0; r < s_.length; ++r) {
       const std::int64_t at = r * width_;
-      kernels_.f32.add(d_out_.data() + at, d, d_bias);
+      kernels_.f32.add(own_.d_out.data() + at, d, d_bias);
       // The output less the linear branch is what the sparse branch gave.
       delta_[static_cast<std::size_t>(r)] -=
           delta[static_cast<std::size_t>(r)] +
-          kernels_.dot(d_out_.data() + at, args_.proj_bias.template data<float>(), d);
+          kernels_.dot(own_.d_out.data() + at, args_.proj_bias.template data<float>(), d);
       kernels_.f32.add(d_q_divisor.data() + at, d, d_q_feature.data() + at);
       kernels_.f32.add(d_k_divisor.data() + at, d, d_k_feature.data() + at);
-      AddFeatureGradient(args_.feature_map, q_.data() + at, q_features.data() + at,
-                         d_q_feature.data() + at, d, d_q_.data() + at);
-      AddFeatureGradient(args_.feature_map, k_.data() + at, k_features.data() + at,
-                         d_k_feature.data() + at, d, d_k_.data() + at);
+      AddFeatureGradient(args_.feature_map, own_.q.data() + at, q_features.data() + at,
+                         d_q_feature.data() + at, d, own_.d_q.data() + at);
+      AddFeatureGradient(args_.feature_map, own_.k.data() + at, k_features.data() + at,
+                         d_k_feature.data() + at, d, own_.d_k.data() + at);
     }
   }
 
@@ -191,7 +168,7 @@ class SlaHead {
   const SlaShape& s_;
   const std::int64_t head_index_, width_;
   const std::size_t floats_;
-  HeadMatrix q_, k_, v_, d_out_, d_q_, d_k_, d_v_;
+  HeadTensors own_;
   std::vector<float> delta_;
 };
 
