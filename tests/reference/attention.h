@@ -285,6 +285,15 @@ struct SaladInputs {
   Array q, k, v, q_normed, k_normed, cos, sin, x;
   Array proj_weight, proj_bias, gate_weight, gate_bias;  // proj_weight may be undefined
   SaladGate gate = SaladGate::kToken;
+
+  // cos and sin of angles [L, D / 2], in f32.
+  void SetAngles(const Array& angles) {
+    cos = sin = angles;
+    for (std::int64_t i = 0; i < angles.size(); ++i) {
+      cos[i] = static_cast<float>(std::cos(angles[i]));
+      sin[i] = static_cast<float>(std::sin(angles[i]));
+    }
+  }
 };
 
 template <typename P>

@@ -93,12 +93,7 @@ TEST_F(AttentionBackwardReference, Salad) {
       const Shape by_head{2, length, heads, size};
       SaladInputs in;
       for (Array* x : {&in.q, &in.k, &in.v, &in.q_normed, &in.k_normed}) *x = Random(by_head);
-      in.cos = in.sin = Random(Shape{length, size / 2});
-      for (std::int64_t i = 0; i < in.cos.size(); ++i) {
-        const double angle = in.cos[i];
-        in.cos[i] = std::cos(angle);
-        in.sin[i] = std::sin(angle);
-      }
+      in.SetAngles(Random(Shape{length, size / 2}));
       in.x = Random(Shape{2, length, d});
       in.proj_weight = Random(Shape{d, d});
       in.proj_bias = Random(Shape{d});

@@ -7,7 +7,7 @@
 #include <limits>
 #include <string>
 
-#include "tests/unit/kernels/device_test.h"
+#include "tests/unit/kernels/sparse_attention_test.h"
 
 namespace slalom {
 namespace {
@@ -18,34 +18,8 @@ using reference::Exact;
 
 constexpr DType kF32 = DType::kF32;
 
-class AttentionBackwardTest : public OpTest {
+class AttentionBackwardTest : public SparseAttentionTest {
  protected:
-  Classes RandomClasses(std::int64_t batch, std::int64_t heads, std::int64_t length, int block_q,
-                        int block_k) {
-    Classes map{block_q,
-                block_k,
-                batch,
-                heads,
-                (length + block_q - 1) / block_q,
-                (length + block_k - 1) / block_k,
-                {},
-                {}};
-    map.values.resize(static_cast<std::size_t>(batch * heads * map.query_blocks * map.key_blocks));
-    for (auto& c : map.values) c = static_cast<std::uint8_t>(RandomInt(0, 2));
-    return map;
-  }
-
-  BlockMap Force(const Classes& map) {
-    const Shape shape{map.batch, map.heads, map.query_blocks, map.key_blocks};
-    const Tensor host = Tensor::Host(shape, DType::kU8);
-    std::copy(map.values.begin(), map.values.end(), host.data<std::uint8_t>());
-    const Tensor classes = backend().Allocate(shape, DType::kU8);
-    backend().Copy(host, classes);
-    BlockMap forced = backend().BlockMapFromClasses(classes, map.block_q, map.block_k);
-    forced.grid = map.grid;
-    return forced;
-  }
-
   // Sums over many tokens carry the rounding of all of them.
   void Expect(const Tensor& actual, const Array& exact, const Array& plain,
               const std::string& what) {
@@ -61,21 +35,12 @@ class AttentionBackwardTest : public OpTest {
 
   void RunSla(const SlaCase& c, const Classes& map) {
     const Shape shape{c.batch, c.length, c.heads, c.size};
-    const Array q = Random(shape, type(), 1.5), k = Random(shape, type(), 1.5);
-    const Array v = Random(shape, type()), d_out = Random(shape, type());
-    const Array weight = c.linear ? Random(Shape{c.size, c.size}, kF32, 0.3) : Array();
-    const Array bias = c.linear ? Random(Shape{c.size}, kF32) : Array();
+    const Qkv in = RandomQkv(c.batch, c.length, c.heads, c.size);
+    const Array d_out = Random(shape, type());
+    const Projection projection = RandomProjection(c.size, c.linear);
     const BlockMap forced = Force(map);
-    const SlaArgs forward{.q = Upload(q, type()),
-                          .k = Upload(k, type()),
-                          .v = Upload(v, type()),
-                          .map = &forced,
-                          .scope = c.scope,
-                          .feature_map = c.feature_map,
-                          .proj_weight = UploadIf(weight, kF32),
-                          .proj_bias = UploadIf(bias, kF32),
-                          .out = Poisoned(shape, type()),
-                          .lse = Poisoned(Shape{c.batch, c.heads, c.length}, kF32)};
+    SlaArgs forward = SlaArguments(in, projection, forced, c.scope, c.feature_map);
+    forward.lse = Poisoned(Shape{c.batch, c.heads, c.length}, kF32);
     backend().SlaAttention(forward);
     SlaBackwardArgs args{.q = forward.q,
                          .k = forward.k,
@@ -92,13 +57,13 @@ class AttentionBackwardTest : public OpTest {
                          .d_k = Poisoned(shape, type()),
                          .d_v = Poisoned(shape, type())};
     if (c.linear) {
-      args.d_proj_weight = Poisoned(weight.shape, kF32);
-      args.d_proj_bias = Poisoned(bias.shape, kF32);
+      args.d_proj_weight = Poisoned(projection.weight.shape, kF32);
+      args.d_proj_bias = Poisoned(projection.bias.shape, kF32);
     }
     backend().SlaAttentionBackward(args);
     const auto run = [&](auto policy) {
-      return reference::SlaBackward<decltype(policy)>(q, k, v, map, c.scope, c.feature_map, weight,
-                                                      bias, d_out);
+      return reference::SlaBackward<decltype(policy)>(in.q, in.k, in.v, map, c.scope, c.feature_map,
+                                                      projection.weight, projection.bias, d_out);
     };
     const reference::SlaGradients exact = run(Exact{});
     const reference::SlaGradients plain =
@@ -114,32 +79,6 @@ class AttentionBackwardTest : public OpTest {
     Expect(args.d_proj_bias, exact.proj_bias, plain.proj_bias, what + " d_proj_bias");
   }
 
-  reference::SaladInputs RandomSalad(std::int64_t batch, const TokenGrid& grid, std::int64_t heads,
-                                     std::int64_t size, bool linear) {
-    const std::int64_t length = grid.size(), width = heads * size;
-    const Shape by_head{batch, length, heads, size};
-    reference::SaladInputs in;
-    in.q = Random(by_head, type(), 1.5);
-    in.k = Random(by_head, type(), 1.5);
-    in.v = Random(by_head, type());
-    in.q_normed = Random(by_head, type());
-    in.k_normed = Random(by_head, type());
-    in.cos = in.sin = Random(Shape{length, size / 2}, kF32, 0.5);
-    for (std::int64_t i = 0; i < in.cos.size(); ++i) {
-      const double angle = in.cos[i];
-      in.cos[i] = static_cast<float>(std::cos(angle));
-      in.sin[i] = static_cast<float>(std::sin(angle));
-    }
-    in.x = Random(Shape{batch, length, width}, type());
-    if (linear) {
-      in.proj_weight = Random(Shape{width, width}, type(), 0.2);
-      in.proj_bias = Random(Shape{width}, kF32);
-    }
-    in.gate_weight = Random(Shape{1, width}, kF32, 0.2);
-    in.gate_bias = Random(Shape{1}, kF32);
-    return in;
-  }
-
   void RunSalad(const TokenGrid& grid, bool window, SaladGate gate, bool linear, std::int64_t heads,
                 std::int64_t size, int block) {
     const std::int64_t batch = 2, length = grid.size(), width = heads * size;
@@ -149,24 +88,8 @@ class AttentionBackwardTest : public OpTest {
     if (window) map.grid = grid;
     const BlockMap forced = Force(map);
     const Array d_out = Random(in.x.shape, type());
-    const SaladArgs forward{.q = Upload(in.q, type()),
-                            .k = Upload(in.k, type()),
-                            .v = Upload(in.v, type()),
-                            .q_normed = Upload(in.q_normed, type()),
-                            .k_normed = Upload(in.k_normed, type()),
-                            .cos = Upload(in.cos, kF32),
-                            .sin = Upload(in.sin, kF32),
-                            .x = Upload(in.x, type()),
-                            .map = &forced,
-                            .map_kind = window ? BlockMapKind::kWindow : BlockMapKind::kTopK,
-                            .grid = grid,
-                            .gate = gate,
-                            .proj_weight = UploadIf(in.proj_weight, type()),
-                            .proj_bias = UploadIf(in.proj_bias, kF32),
-                            .gate_weight = Upload(in.gate_weight, kF32),
-                            .gate_bias = Upload(in.gate_bias, kF32),
-                            .out = Poisoned(in.x.shape, type()),
-                            .lse = Poisoned(Shape{batch, heads, length}, kF32)};
+    SaladArgs forward = SaladArguments(in, forced, grid);
+    forward.lse = Poisoned(Shape{batch, heads, length}, kF32);
     backend().SaladAttention(forward);
     SaladBackwardArgs args{.q = forward.q,
                            .k = forward.k,

@@ -7,7 +7,7 @@
 #include <map>
 
 #include "kernels/core/error.h"
-#include "tests/unit/kernels/device_test.h"
+#include "tests/unit/kernels/sparse_attention_test.h"
 
 namespace slalom {
 namespace {
@@ -18,56 +18,17 @@ using reference::Exact;
 
 constexpr DType kF32 = DType::kF32;
 
-class AttentionTest : public OpTest {
+class AttentionTest : public SparseAttentionTest {
  protected:
-  // Random classes; every query block has at least `least_critical` critical blocks.
-  Classes RandomClasses(std::int64_t batch, std::int64_t heads, std::int64_t length, int block_q,
-                        int block_k, int least_critical = 1) {
-    Classes map;
-    map.block_q = block_q;
-    map.block_k = block_k;
-    map.batch = batch;
-    map.heads = heads;
-    map.query_blocks = (length + block_q - 1) / block_q;
-    map.key_blocks = (length + block_k - 1) / block_k;
-    map.values.resize(static_cast<std::size_t>(batch * heads * map.query_blocks * map.key_blocks));
-    for (auto& c : map.values) c = static_cast<std::uint8_t>(RandomInt(0, 2));
-    for (std::size_t row = 0; row < map.values.size();
-         row += static_cast<std::size_t>(map.key_blocks)) {
-      for (int i = 0; i < least_critical; ++i) {
-        map.values[row + static_cast<std::size_t>(RandomInt(0, map.key_blocks - 1))] = 1;
-      }
-    }
-    return map;
-  }
-
-  Tensor UploadBytes(const std::vector<std::uint8_t>& bytes, const Shape& shape) {
-    const Tensor host = Tensor::Host(shape, DType::kU8);
-    std::copy(bytes.begin(), bytes.end(), host.data<std::uint8_t>());
-    Tensor device = backend().Allocate(shape, DType::kU8);
-    backend().Copy(host, device);
-    return device;
-  }
-
-  BlockMap Force(const Classes& map) {
-    const Shape shape{map.batch, map.heads, map.query_blocks, map.key_blocks};
-    BlockMap forced =
-        backend().BlockMapFromClasses(UploadBytes(map.values, shape), map.block_q, map.block_k);
-    forced.grid = map.grid;
-    return forced;
+  // Every query block has a critical block.
+  Classes ClassesWithKeys(std::int64_t batch, std::int64_t heads, std::int64_t length, int block_q,
+                          int block_k) {
+    return RandomClasses(batch, heads, length, block_q, block_k, 1);
   }
 
   Classes ClassesOf(const BlockMap& map) {
     const Shape& s = map.classes.shape();
     return {map.block_q, map.block_k, s[0], s[1], s[2], s[3], DownloadBytes(map.classes), map.grid};
-  }
-
-  struct Qkv {
-    Array q, k, v;
-  };
-  Qkv RandomQkv(std::int64_t batch, std::int64_t length, std::int64_t heads, std::int64_t size) {
-    const Shape shape{batch, length, heads, size};
-    return {Random(shape, type(), 1.5), Random(shape, type(), 1.5), Random(shape, type())};
   }
 
   void RunDense(std::int64_t batch, std::int64_t lq, std::int64_t lk, std::int64_t heads,
@@ -102,24 +63,15 @@ class AttentionTest : public OpTest {
   void RunSla(std::int64_t batch, std::int64_t length, std::int64_t heads, std::int64_t size,
               const Classes& map, LinearScope scope, FeatureMap feature_map, bool linear) {
     const Qkv in = RandomQkv(batch, length, heads, size);
-    const Array weight = linear ? Random(Shape{size, size}, kF32, 0.3) : Array();
-    const Array bias = linear ? Random(Shape{size}, kF32) : Array();
+    const Projection projection = RandomProjection(size, linear);
     const BlockMap forced = Force(map);
-    const Tensor out = Poisoned(in.q.shape, type());
-    backend().SlaAttention({.q = Upload(in.q, type()),
-                            .k = Upload(in.k, type()),
-                            .v = Upload(in.v, type()),
-                            .map = &forced,
-                            .scope = scope,
-                            .feature_map = feature_map,
-                            .proj_weight = UploadIf(weight, kF32),
-                            .proj_bias = UploadIf(bias, kF32),
-                            .out = out});
+    const SlaArgs args = SlaArguments(in, projection, forced, scope, feature_map);
+    backend().SlaAttention(args);
     const auto run = [&](auto policy) {
-      return reference::Sla<decltype(policy)>(in.q, in.k, in.v, map, scope, feature_map, weight,
-                                              bias);
+      return reference::Sla<decltype(policy)>(in.q, in.k, in.v, map, scope, feature_map,
+                                              projection.weight, projection.bias);
     };
-    ExpectClose(out, run(Exact{}), Plain(run),
+    ExpectClose(args.out, run(Exact{}), Plain(run),
                 "SLA L " + std::to_string(length) + " scope " +
                     std::to_string(static_cast<int>(scope)) + " features " +
                     std::to_string(static_cast<int>(feature_map)));
@@ -127,56 +79,18 @@ class AttentionTest : public OpTest {
 
   void RunSalad(const TokenGrid& grid, bool window, SaladGate gate, bool linear, std::int64_t heads,
                 std::int64_t size) {
-    const std::int64_t length = grid.size();
-    const Qkv qkv = RandomQkv(2, length, heads, size);
-    const std::int64_t width = heads * size;
-    reference::SaladInputs in;
-    in.q = qkv.q;
-    in.k = qkv.k;
-    in.v = qkv.v;
-    in.q_normed = Random(qkv.q.shape, type());
-    in.k_normed = Random(qkv.q.shape, type());
-    in.cos = in.sin = Random(Shape{length, size / 2}, kF32, 0.5);
-    for (std::int64_t i = 0; i < in.cos.size(); ++i) {
-      const double angle = in.cos[i];
-      in.cos[i] = static_cast<float>(std::cos(angle));
-      in.sin[i] = static_cast<float>(std::sin(angle));
-    }
-    in.x = Random(Shape{2, length, width}, type());
-    if (linear) {
-      in.proj_weight = Random(Shape{width, width}, type(), 0.2);
-      in.proj_bias = Random(Shape{width}, kF32);
-    }
-    in.gate_weight = Random(Shape{1, width}, kF32, 0.2);
-    in.gate_bias = Random(Shape{1}, kF32);
+    reference::SaladInputs in = RandomSalad(2, grid, heads, size, linear);
     in.gate = gate;
-    Classes map = RandomClasses(2, heads, length, 16, 16);
+    Classes map = ClassesWithKeys(2, heads, grid.size(), 16, 16);
     if (window) map.grid = grid;
     const BlockMap forced = Force(map);
-    const Tensor out = Poisoned(Shape{2, length, width}, type());
-    const Tensor gate_out = Poisoned(Shape{2, length}, kF32);
-    backend().SaladAttention({.q = Upload(in.q, type()),
-                              .k = Upload(in.k, type()),
-                              .v = Upload(in.v, type()),
-                              .q_normed = Upload(in.q_normed, type()),
-                              .k_normed = Upload(in.k_normed, type()),
-                              .cos = Upload(in.cos, kF32),
-                              .sin = Upload(in.sin, kF32),
-                              .x = Upload(in.x, type()),
-                              .map = &forced,
-                              .map_kind = window ? BlockMapKind::kWindow : BlockMapKind::kTopK,
-                              .grid = grid,
-                              .gate = gate,
-                              .proj_weight = UploadIf(in.proj_weight, type()),
-                              .proj_bias = UploadIf(in.proj_bias, kF32),
-                              .gate_weight = Upload(in.gate_weight, kF32),
-                              .gate_bias = Upload(in.gate_bias, kF32),
-                              .out = out,
-                              .gate_out = linear ? gate_out : Tensor()});
+    SaladArgs args = SaladArguments(in, forced, grid);
+    if (linear) args.gate_out = Poisoned(Shape{2, grid.size()}, kF32);
+    backend().SaladAttention(args);
     const auto run = [&](auto policy) { return reference::Salad<decltype(policy)>(in, map); };
-    ExpectClose(out, run(Exact{}), Plain(run), "SALAD");
+    ExpectClose(args.out, run(Exact{}), Plain(run), "SALAD");
     if (!linear) return;
-    ExpectClose(gate_out, reference::SaladGateValues<Exact>(in),
+    ExpectClose(args.gate_out, reference::SaladGateValues<Exact>(in),
                 reference::SaladGateValues<reference::PlainF32>(in), "SALAD gate");
   }
 };
@@ -334,7 +248,7 @@ TEST_P(AttentionTest, MapFromMeans) {
 }
 
 TEST_P(AttentionTest, MapListsMatchTheClasses) {
-  const Classes classes = RandomClasses(2, 2, 700, 32, 64, 0);
+  const Classes classes = RandomClasses(2, 2, 700, 32, 64);
   const BlockMap map = Force(classes);
   const Tensor lists = Tensor::Host(map.critical.shape(), DType::kI32);
   const Tensor counts = Tensor::Host(map.counts.shape(), DType::kI32);
@@ -385,7 +299,7 @@ TEST_P(AttentionTest, WindowMap) {
 }
 
 TEST_P(AttentionTest, CountPairsAdds) {
-  const Classes classes = RandomClasses(1, 2, 500, 32, 32);
+  const Classes classes = ClassesWithKeys(1, 2, 500, 32, 32);
   const Tensor counter = backend().Allocate(Shape{2}, DType::kI64);
   backend().Zero(counter);
   const BlockMap map = Force(classes);
@@ -403,7 +317,7 @@ TEST_P(AttentionTest, SlaScopesAndFeatureMaps) {
        {LinearScope::kMarginal, LinearScope::kNonCritical, LinearScope::kAll}) {
     for (const FeatureMap feature_map :
          {FeatureMap::kSoftmax, FeatureMap::kElu, FeatureMap::kRelu}) {
-      RunSla(2, 150, 2, 32, RandomClasses(2, 2, 150, 32, 16), scope, feature_map, true);
+      RunSla(2, 150, 2, 32, ClassesWithKeys(2, 2, 150, 32, 16), scope, feature_map, true);
     }
   }
 }
@@ -411,17 +325,17 @@ TEST_P(AttentionTest, SlaScopesAndFeatureMaps) {
 TEST_P(AttentionTest, SlaShapes) {
   using enum LinearScope;
   const FeatureMap softmax = FeatureMap::kSoftmax;
-  RunSla(1, 1, 1, 64, RandomClasses(1, 1, 1, 64, 64), kMarginal, softmax, true);
-  RunSla(1, 63, 1, 64, RandomClasses(1, 1, 63, 64, 64), kAll, softmax, true);
-  RunSla(1, 65, 2, 128, RandomClasses(1, 2, 65, 64, 64), kNonCritical, softmax, true);
-  RunSla(1, 300, 1, 128, RandomClasses(1, 1, 300, 128, 64), kMarginal, softmax, true);
-  RunSla(1, 200, 2, 40, RandomClasses(1, 2, 200, 48, 24), kMarginal, softmax, true);
-  RunSla(1, 200, 2, 64, RandomClasses(1, 2, 200, 64, 64), kMarginal, softmax, false);
+  RunSla(1, 1, 1, 64, ClassesWithKeys(1, 1, 1, 64, 64), kMarginal, softmax, true);
+  RunSla(1, 63, 1, 64, ClassesWithKeys(1, 1, 63, 64, 64), kAll, softmax, true);
+  RunSla(1, 65, 2, 128, ClassesWithKeys(1, 2, 65, 64, 64), kNonCritical, softmax, true);
+  RunSla(1, 300, 1, 128, ClassesWithKeys(1, 1, 300, 128, 64), kMarginal, softmax, true);
+  RunSla(1, 200, 2, 40, ClassesWithKeys(1, 2, 200, 48, 24), kMarginal, softmax, true);
+  RunSla(1, 200, 2, 64, ClassesWithKeys(1, 2, 200, 64, 64), kMarginal, softmax, false);
 }
 
 // Query blocks without a critical or without any marginal block.
 TEST_P(AttentionTest, SlaEmptySets) {
-  Classes none = RandomClasses(1, 1, 128, 32, 32, 0);
+  Classes none = RandomClasses(1, 1, 128, 32, 32);
   std::fill(none.values.begin(), none.values.end(), 2);
   RunSla(1, 128, 1, 32, none, LinearScope::kMarginal, FeatureMap::kSoftmax, true);
   Classes all = none;
@@ -438,7 +352,7 @@ TEST_P(AttentionTest, SlaDoesNotCancel) {
   const std::int64_t length = 256, size = 32;
   Qkv in = RandomQkv(1, length, 1, size);
   for (std::int64_t i = 0; i < 32 * size; ++i) in.v[i] *= 65536;
-  Classes map = RandomClasses(1, 1, length, 32, 32);
+  Classes map = ClassesWithKeys(1, 1, length, 32, 32);
   for (std::int64_t i = 0; i < map.query_blocks; ++i) {
     for (std::int64_t j = 0; j < map.key_blocks; ++j) {
       map.values[static_cast<std::size_t>(i * map.key_blocks + j)] = j == i || j == 0 ? 1 : 2;
@@ -510,7 +424,7 @@ TEST_P(AttentionTest, MassKept) {
   const TokenGrid grid{3, 8, 9};
   for (const bool window : {false, true}) {
     const Qkv in = RandomQkv(2, grid.size(), 2, 32);
-    Classes map = RandomClasses(2, 2, grid.size(), 32, 16);
+    Classes map = ClassesWithKeys(2, 2, grid.size(), 32, 16);
     if (window) map.grid = grid;
     const BlockMap forced = Force(map);
     for (const int rows : {1, 16, 10000}) {
@@ -530,7 +444,7 @@ TEST_P(AttentionTest, MassKeptWithWideHeads) {
       const TokenGrid grid{3, 10, 11};
       for (const bool window : {false, true}) {
         const Qkv in = RandomQkv(1, grid.size(), 2, size);
-        Classes map = RandomClasses(1, 2, grid.size(), 64, block_k);
+        Classes map = ClassesWithKeys(1, 2, grid.size(), 64, block_k);
         if (window) map.grid = grid;
         const BlockMap forced = Force(map);
         for (const int rows : {3, 70}) {

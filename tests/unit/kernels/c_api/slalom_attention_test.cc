@@ -219,12 +219,7 @@ TEST_F(CApi, SaladForwardAndBackwardAgreeWithTheReference) {
   const Shape by_head{1, kLength, kHeads, kSize};
   reference::SaladInputs in;
   for (Array* x : {&in.q, &in.k, &in.v, &in.q_normed, &in.k_normed}) *x = Random(by_head);
-  in.cos = in.sin = Random(Shape{kLength, kSize / 2});
-  for (std::int64_t i = 0; i < in.cos.size(); ++i) {
-    const double angle = in.cos[i];
-    in.cos[i] = static_cast<float>(std::cos(angle));
-    in.sin[i] = static_cast<float>(std::sin(angle));
-  }
+  in.SetAngles(Random(Shape{kLength, kSize / 2}));
   in.x = Random(Shape{1, kLength, d});
   in.proj_weight = Random(Shape{d, d}, 0.2);
   in.proj_bias = Random(Shape{d});
