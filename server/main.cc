@@ -3,6 +3,7 @@
 #include <spdlog/sinks/stdout_color_sinks.h>
 #include <spdlog/spdlog.h>
 #include <sys/resource.h>
+#include <sys/stat.h>
 
 #include <csignal>
 #include <cstdio>
@@ -100,6 +101,7 @@ std::vector<std::unique_ptr<Pipeline>> LoadPipelines(const ServerConfig& config,
 }
 
 int Run(const ServerConfig& config) {
+  umask(0077);  // the state folder holds what people have asked for
   ForwardGrpcLog();
   RaiseDescriptorLimit(config);
   const Signals signals;

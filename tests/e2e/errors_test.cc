@@ -179,9 +179,9 @@ TEST(ErrorsTest, ADeadlineThatCannotBeMetIsRefusedAtOnce) {
   fake.cost.step_seconds = 10;
   RunningServer running(fake);
   const auto start = std::chrono::steady_clock::now();
-  const Outcome outcome = running.Generate(SmallClip(), "", 5);
+  const Outcome outcome = running.Generate(SmallClip(), "", 39);
   EXPECT_EQ(outcome.code, StatusCode::DEADLINE_EXCEEDED);
-  EXPECT_LT(std::chrono::steady_clock::now() - start, std::chrono::seconds(3));
+  EXPECT_LT(std::chrono::steady_clock::now() - start, std::chrono::seconds(30));
   EXPECT_NE(outcome.message.find("40"), std::string::npos)
       << "names the estimate: " << outcome.message;
   EXPECT_EQ(running.journal().CountStartingWith("begin"), 0u);
@@ -189,11 +189,11 @@ TEST(ErrorsTest, ADeadlineThatCannotBeMetIsRefusedAtOnce) {
 
 TEST(ErrorsTest, ADeadlineThatPassesEndsTheJobAtTheNextStep) {
   FakeOptions fake;
-  fake.step_time = milliseconds(50);
+  fake.step_time = milliseconds(100);
   RunningServer running(fake);
   v1::GenerateVideoRequest request = SmallClip();
   request.set_steps(100);
-  const Outcome outcome = running.Generate(request, "", 0.5);
+  const Outcome outcome = running.Generate(request, "", 2.5);
   EXPECT_EQ(outcome.code, StatusCode::DEADLINE_EXCEEDED);
   EXPECT_TRUE(Eventually([&] { return running.journal().live_generations() == 0; }));
   EXPECT_LT(running.journal().CountStartingWith("step"), 30u);

@@ -30,7 +30,9 @@ TEST_F(ProcessTest, GeneratesAFileThatFfprobeAndADecoderAccept) {
   EXPECT_NE(generate->out().find("where the time went"), std::string::npos);
   EXPECT_NE(generate->out().find("measured sparsity"), std::string::npos);
   EXPECT_EQ(generate->err().find('\r'), std::string::npos) << "no bar without a terminal";
-  EXPECT_NE(generate->err().find("denoise 4/4"), std::string::npos) << generate->err();
+  EXPECT_NE(generate->err().find(", 4 steps, dense"), std::string::npos) << generate->err();
+  // Which steps it hears of is a matter of who is faster.
+  EXPECT_NE(generate->err().find(" s left\n"), std::string::npos) << generate->err();
 
   Process probe({"/usr/bin/ffprobe", "-v", "error", "-count_frames", "-show_entries",
                  "stream=codec_name,width,height,pix_fmt,color_space,nb_read_frames,r_frame_rate",
@@ -199,10 +201,15 @@ TEST_F(ProcessTest, ABusyPortIsAClearFailure) {
 
 // gRPC's listener does not survive it, so whoever restarts servers must hear of it.
 TEST_F(ProcessTest, RunningOutOfDescriptorsIsSeenByTheProbes) {
+  if (std::string(SANITIZE).find("undefined") != std::string::npos) {
+    GTEST_SKIP() << "the undefined-behaviour sanitizer looks at types by means of a pipe";
+  }
   Start();
   httplib::Client http("http://" + http_address_);
   ASSERT_EQ(http.Get("/healthz")->status, 200);
-  const rlimit few{40, 40};
+  rlimit before{};
+  ASSERT_EQ(prlimit(daemon_->pid(), RLIMIT_NOFILE, nullptr, &before), 0);
+  const rlimit few{40, before.rlim_max};
   ASSERT_EQ(prlimit(daemon_->pid(), RLIMIT_NOFILE, &few, nullptr), 0);
   {
     sockaddr_in address{};
@@ -218,13 +225,14 @@ TEST_F(ProcessTest, RunningOutOfDescriptorsIsSeenByTheProbes) {
     EXPECT_TRUE(daemon_->WaitForOutput("no connection is accepted any more")) << daemon_->err();
     for (const int each : sockets) close(each);
   }
+  prlimit(daemon_->pid(), RLIMIT_NOFILE, &before, nullptr);
   for (const char* path : {"/healthz", "/readyz"}) {
     const auto response = http.Get(path);
     ASSERT_TRUE(response) << path;
     EXPECT_EQ(response->status, 503) << path;
   }
   daemon_->Signal(SIGTERM);
-  EXPECT_EQ(daemon_->Wait(), 0);
+  EXPECT_EQ(daemon_->Wait(), 0) << daemon_->err();
 }
 
 TEST_F(ProcessTest, BadConfigurationExitsWithTwo) {
