@@ -14,6 +14,7 @@ DIR gets table.md, table.json and, with --curve TITLE:X NAME=VALUE..., DIR/TITLE
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import re
 import shutil
@@ -164,6 +165,19 @@ def judge(folder: Path, clips: list[dict], against: Path | None, jobs: int = 1) 
     return {"clips": len(rows), **{name: float(np.mean([row[name] for row in rows if name in row])) for name in names}}
 
 
+def judge_once(folder: Path, clips: list[dict], against: Path | None, jobs: int = 1) -> dict:
+    """The same, kept beside the clips until a file of theirs is newer."""
+    asked = json.dumps([clips, str(against and against.resolve())])
+    kept = folder / f".judged-{hashlib.sha256(asked.encode()).hexdigest()[:16]}.json"
+    files = [file for place in (folder, against) if place for file in place.iterdir() if not file.name.startswith(".")]
+    if kept.exists() and kept.stat().st_mtime_ns > max((file.stat().st_mtime_ns for file in files), default=0):
+        return json.loads(kept.read_text())
+    found = judge(folder, clips, against, jobs)
+    if found["clips"] == len(clips):
+        kept.write_text(json.dumps(found))
+    return found
+
+
 def table(results: dict[str, dict]) -> str:
     columns = ("clips", "sparsity", *LABELS, "all", "subject", "background", "psnr", "ssim", "seconds")
     percent = {"sparsity", *LABELS, "all", "subject", "background"}
@@ -225,7 +239,7 @@ def main() -> int:
                     finished &= generate(variant, clips, folder, address, args, end)
         elif missing:
             finished = False
-        results[variant.name] = judge(folder, clips, first, args.jobs)
+        results[variant.name] = judge_once(folder, clips, first, args.jobs)
         first = first or folder
         print(f"{variant.name}: {results[variant.name]}", flush=True)
     (args.folder / "table.json").write_text(json.dumps(results, indent=1) + "\n")

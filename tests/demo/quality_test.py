@@ -18,7 +18,7 @@ import numpy as np
 
 from chart import line_chart
 from measures import consistency, load_frames, psnr, ssim
-from quality import Variant, judge, model_with, table
+from quality import Variant, judge, judge_once, model_with, table
 
 HERE = Path(__file__).resolve().parent
 TRUE = HERE / "clips"
@@ -83,6 +83,18 @@ class TableTest(unittest.TestCase):
             text = table({"dense": first, "swapped": noted})
             self.assertIn("| dense | 3 |  | 100.0 % |", text)
             self.assertIn("| swapped | 1 | 97.2 % |", text)
+
+    def test_what_was_judged_is_kept_until_a_clip_is_newer(self) -> None:
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name) / "clips"
+            shutil.copytree(TRUE, folder)
+            first = judge_once(folder, FACTS, None)
+            (kept,) = folder.glob(".judged-*")
+            kept.write_text(json.dumps({**first, "kept": 1}))
+            self.assertEqual(judge_once(folder, FACTS, None), {**first, "kept": 1})
+            self.assertEqual(judge_once(folder, FACTS[:1], None)["clips"], 1)  # another question
+            (folder / FACTS[0]["file"]).write_bytes((folder / FACTS[1]["file"]).read_bytes())
+            self.assertLess(judge_once(folder, FACTS, None)["all"], 1.0)
 
     def test_variants(self) -> None:
         self.assertEqual(Variant.parse("sla-25=sla:0.25@out/step-3"), Variant("sla-25", "sla", "0.25", "out/step-3"))
