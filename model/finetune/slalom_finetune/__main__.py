@@ -90,6 +90,8 @@ def _add_train(commands: argparse._SubParsersAction) -> None:
     group.add_argument("--trajectories", type=float, default=Plan.trajectories, help="guided: share of a batch that stands "
                        "on the sampler's own way from noise to clip, half led by the teacher, half by the student")
     group.add_argument("--sampler-steps", type=int, default=Plan.sampler_steps)
+    group.add_argument("--path-weights", action="store_true", help="teacher: errors count as much as the sampler's steps are "
+                       "long where they are made, more where there is little noise")
     length = group.add_mutually_exclusive_group()
     length.add_argument("--steps", type=int, default=Plan.steps)
     length.add_argument("--minutes", type=float, help="as many steps as fit, measured once, at the start")
@@ -137,7 +139,7 @@ def plan_of(args: argparse.Namespace, device: torch.device) -> Plan:
     low = args.precision == "bf16" if args.precision else device.type == "cuda"
     if args.guided_loss and args.loss != "teacher" or args.trajectories and not args.guided_loss:
         raise SystemExit("--trajectories needs --guided-loss, and that needs --loss teacher")
-    own = ("train", "rank", "lora_on", "loss", "block_loss", "guided_loss", "guidance", "trajectories", "sampler_steps", "steps",
+    own = ("train", "rank", "lora_on", "loss", "block_loss", "guided_loss", "guidance", "trajectories", "sampler_steps", "path_weights", "steps",
            "rate", "base_rate", "warmup", "average", "shift", "noise_levels", "drop_text", "seed")
     start = hashlib.sha256(args.start.read_bytes()).hexdigest() if args.start else ""
     return Plan(AttentionOptions.for_kind(args.attention, **given), batches=tuple(batches), turns=tuple(args.turns), low_precision=low,

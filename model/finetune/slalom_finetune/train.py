@@ -46,6 +46,7 @@ class Plan:
     guidance: float = 3.0
     trajectories: float = 0.0  # guided: share of a batch's clips that are on their way through the sampler
     sampler_steps: int = 20
+    path_weights: bool = False  # teacher: errors count as much as the sampler's steps are long where they are made
     steps: int = 1000
     minutes: float = 0.0  # instead of steps: ends, and lets the rates fall, by the clock
     batches: tuple[int, ...] = (16,)  # one per data file; files take turns
@@ -125,14 +126,21 @@ class Student(nn.Module):
             with torch.no_grad():
                 wanted, wanted_blocks = self._teacher[0](*args, adapted=False, keep_blocks=True)
             got, got_blocks = self.model(*args, keep_blocks=True)
-            total = F.mse_loss(got, wanted)
+            total = self._error(got, wanted, states.sigma)
             if plan.block_loss:
                 errors = [F.mse_loss(a, b) / b.square().mean() for a, b in zip(got_blocks, wanted_blocks)]
                 total = total + plan.block_loss * torch.stack(errors).mean()
             if plan.guided_loss:
                 got, wanted = (self._guided(v) for v in (got, wanted))
-                total = total + plan.guided_loss * F.mse_loss(got, wanted)
+                total = total + plan.guided_loss * self._error(got, wanted, states.sigma[:len(got)])
             return total, got.detach(), wanted
+
+    def _error(self, got: Tensor, wanted: Tensor, sigma: Tensor) -> Tensor:
+        if not self.plan.path_weights:
+            return F.mse_loss(got, wanted)
+        shift = self.plan.shift
+        length = (shift - (shift - 1) * sigma).square() / shift  # d sigma / d u where u falls evenly; 1 in the mean
+        return ((got - wanted).square().mean((1, 2, 3, 4)) * length).mean()
 
     def _guided(self, velocity: Tensor) -> Tensor:
         """Of batches whose second half has no captions."""

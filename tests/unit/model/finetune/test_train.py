@@ -21,6 +21,7 @@ from slalom_finetune.adapter import load_adapter
 from slalom_finetune.data import Batch, LatentSet, SetBuilder
 from slalom_finetune.deadline import UNFINISHED
 from slalom_finetune.files import read_metadata, save_tensors
+from slalom_finetune.sample import sigmas_of
 from slalom_finetune.train import Places, Plan, Student, Trainer
 from slalom_finetune.trajectories import States, Trajectories
 from slalom_finetune.wan import WanTransformer
@@ -57,7 +58,7 @@ def log_of(work: Path) -> list[dict]:
     ("--attention", "sla", "--topk", "0.3", "--train", "lora", "--rank", "4"),
     ("--attention", "salad", "--topk", "0.3", "--loss", "teacher", "--block-loss", "0.5", "--rank", "2"),
     ("--attention", "sla", "--topk", "0.3", "--loss", "teacher", "--rank", "2", "--lora-on", "all", "--guided-loss", "0.1",
-     "--trajectories", "0.5", "--sampler-steps", "6", "--noise-levels", "uniform"),
+     "--trajectories", "0.5", "--sampler-steps", "6", "--noise-levels", "uniform", "--path-weights"),
 ], ids=["sla", "salad", "trajectories"])
 def test_a_killed_run_goes_on_with_the_same_losses(tmp_path: Path, options: tuple[str, ...]) -> None:
     write_set(tmp_path / "a.safetensors", 16)
@@ -200,6 +201,18 @@ def test_clips_walk_through_the_sampler(tmp_path: Path) -> None:
     assert seen == {0, 1, 2, 3, 4}
     assert walk.place.tolist() == [4, 0, 1, 2]
     torch.testing.assert_close(walk.put_into(states).x[1], other[1])  # a new way begins at the noise
+
+
+def test_errors_count_as_the_sampler_s_steps_are_long(tmp_path: Path) -> None:
+    write_set(tmp_path / "a.safetensors", 16)
+    student = Trainer(Plan(AttentionOptions(topk=0.3, block_q=16, block_k=16), loss="teacher", path_weights=True, shift=3.0),
+                      places(tmp_path)).student
+    sigmas = torch.tensor(sigmas_of(4000, 3.0), dtype=torch.float64)
+    wrong, right = torch.ones(4000, 1, 1, 1, 1, dtype=torch.float64), torch.zeros(4000, 1, 1, 1, 1, dtype=torch.float64)
+    assert float(student._error(wrong, right, sigmas[:-1])) == pytest.approx(1.0, abs=5e-3)
+    steps = -sigmas.diff() * 4000
+    for i in (0, 1000, 3990):
+        assert float(student._error(wrong[:1], right[:1], sigmas[i:i + 1])) == pytest.approx(float(steps[i]), rel=0.02)
 
 
 def test_a_run_by_the_clock_ends_by_it(tmp_path: Path) -> None:
