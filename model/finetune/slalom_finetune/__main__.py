@@ -33,6 +33,10 @@ def _sizes(text: str) -> tuple[int, ...]:
     return tuple(int(n) for n in text.lower().replace("x", ",").split(","))
 
 
+def _shares(text: str) -> tuple[float, ...]:
+    return tuple(map(float, text.split(",")))
+
+
 def _device(name: str | None) -> torch.device:
     return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
 
@@ -55,6 +59,7 @@ def _add_attention(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("attention; what is left out is the paper's")
     group.add_argument("--attention", choices=("sla", "salad"), default="sla")
     group.add_argument("--topk", type=float, help="share of key blocks in the softmax; 0: SLA's linear branch alone")
+    group.add_argument("--layer-topk", type=_shares, help="instead: each layer's own, as 0.1,0.05,0.05")
     group.add_argument("--negligible", type=float)
     group.add_argument("--scope", choices=SCOPES)
     group.add_argument("--feature-map", choices=FEATURE_MAPS)
@@ -66,7 +71,7 @@ def _add_attention(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--tile", type=_sizes, help="token order: boxes of FRAMES,ROWS,COLUMNS tokens, as 4,4,4")
 
 
-_ATTENTION = ("topk", "negligible", "scope", "feature_map", "block_q", "block_k", "map", "gate", "dropped_layers", "tile")
+_ATTENTION = ("topk", "layer_topk", "negligible", "scope", "feature_map", "block_q", "block_k", "map", "gate", "dropped_layers", "tile")
 
 
 def _add_train(commands: argparse._SubParsersAction) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 
 METADATA_KEY = "slalom.attention"
 KINDS = ("sla", "salad")
@@ -30,6 +30,7 @@ class AttentionOptions:
     gate: str = "token"
     dropped_layers: tuple[int, ...] = ()  # without a linear branch
     tile: tuple[int, int, int] = RASTER  # tokens of a box (frames, rows, columns) stand together
+    layer_topk: tuple[float, ...] = ()  # each layer's own topk, of which `topk` is the mean; (): the same for all
 
     def __post_init__(self) -> None:
         for name, choices in (("kind", KINDS), ("scope", SCOPES), ("feature_map", FEATURE_MAPS), ("map", MAPS),
@@ -44,11 +45,21 @@ class AttentionOptions:
             raise ValueError("windows are SALAD's, and they bring a token order of their own")
         if len(self.tile) != 3 or min(self.tile) < 1:
             raise ValueError(f"tile {self.tile} is not three positive sizes")
+        if self.layer_topk and (not all(0 < topk <= 1 for topk in self.layer_topk)
+                                or abs(sum(self.layer_topk) / len(self.layer_topk) - self.topk) > 1e-9):
+            raise ValueError(f"layer_topk {self.layer_topk} are no shares whose mean is {self.topk}")
 
     @classmethod
     def for_kind(cls, kind: str, **changes: object) -> AttentionOptions:
         salad = {"topk": 0.1, "negligible": 0.0} if kind == "salad" else {}
+        if layers := changes.get("layer_topk"):
+            salad["topk"] = sum(layers) / len(layers)
         return cls(**{"kind": kind, **salad, **changes})
+
+    def of_layer(self, layer: int) -> AttentionOptions:
+        if not self.layer_topk:
+            return self
+        return replace(self, topk=self.layer_topk[layer], layer_topk=())
 
     def critical(self, key_blocks: int) -> int:
         """Key blocks in the softmax of one query block."""
@@ -62,6 +73,8 @@ class AttentionOptions:
         values = asdict(self)
         if self.tile == RASTER:
             del values["tile"]
+        if not self.layer_topk:
+            del values["layer_topk"]
         return {METADATA_KEY: json.dumps(values)}
 
     @classmethod
@@ -71,7 +84,7 @@ class AttentionOptions:
         values = json.loads(metadata[METADATA_KEY])
         if unknown := set(values) - {f.name for f in fields(cls)}:
             raise ValueError(f"{METADATA_KEY} has unknown keys: {', '.join(sorted(unknown))}")
-        for name in ("dropped_layers", "tile"):
+        for name in ("dropped_layers", "tile", "layer_topk"):
             if name in values:
                 values[name] = tuple(values[name])
         return cls.for_kind(values.pop("kind"), **values)

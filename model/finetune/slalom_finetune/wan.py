@@ -181,10 +181,13 @@ class WanTransformer(nn.Module):
     def adapt(self, options: AttentionOptions) -> None:
         """Puts untrained SLA or SALAD in the place of every self-attention.  `adapted` calls use it."""
         head_dim = self.config.attention_head_dim
+        if options.layer_topk and len(options.layer_topk) != len(self.blocks):
+            raise ValueError(f"{len(options.layer_topk)} values of layer_topk for {len(self.blocks)} layers")
         for layer, block in enumerate(self.blocks):
-            block.attn1.sla = SparseLinearAttention.of(head_dim, options) if options.kind == "sla" else None
+            own = options.of_layer(layer)
+            block.attn1.sla = SparseLinearAttention.of(head_dim, own) if options.kind == "sla" else None
             block.attn1.salad = None if options.kind == "sla" else SaladAttention.of(
-                self.config.num_attention_heads, head_dim, options, layer)
+                self.config.num_attention_heads, head_dim, own, layer)
         self.tile = options.tile
         self.to(self.proj_out.weight.device)
 

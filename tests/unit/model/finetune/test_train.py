@@ -181,6 +181,22 @@ def test_training_goes_on_from_an_adapter_and_lora_reaches_every_layer(tmp_path:
         Trainer(Plan(options, "lora", rank=3, steps=4, batches=(2,)), where)
 
 
+def test_layers_may_have_their_own_topk(tmp_path: Path) -> None:
+    write_set(tmp_path / "a.safetensors", 16)
+    options = AttentionOptions.for_kind("sla", layer_topk=(0.5, 0.25), block_q=16, block_k=16)
+    assert options.topk == 0.375 and options.of_layer(1).topk == 0.25
+    trainer = Trainer(Plan(options, "proj", steps=1, batches=(2,)), places(tmp_path))
+    assert [block.attn1.sla.topk for block in trainer.student.model.blocks] == [0.5, 0.25]
+    assert trainer.run(Never()) == 0
+    model = WanTransformer.load(SMALL / "transformer")
+    assert load_adapter(model, tmp_path / "out" / "attention" / "sla.safetensors") == options
+    assert [block.attn1.sla.topk for block in model.blocks] == [0.5, 0.25]
+    with pytest.raises(ValueError, match="3 values of layer_topk for 2 layers"):
+        model.adapt(AttentionOptions.for_kind("sla", layer_topk=(0.5, 0.5, 0.5)))
+    with pytest.raises(ValueError, match="mean"):
+        AttentionOptions(topk=0.3, layer_topk=(0.5, 0.25))
+
+
 def test_clips_walk_through_the_sampler(tmp_path: Path) -> None:
     """Led by the true velocity of straight paths, every clip arrives where its noise came from."""
     generator = torch.Generator().manual_seed(3)
