@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,29 +45,35 @@ class ClipSet:
 class Sizes:
     """Everything that --tiny changes."""
 
-    sets: tuple[ClipSet, ...] = (ClipSet(256, 33, 6_144, 16, (0, 1), 48, 4), ClipSet(384, 49, 2_048, 4, (2,), 12, 1))
-    seconds: int = 75  # of rendering and encoding
+    sets: tuple[ClipSet, ...] = (ClipSet(256, 33, 6_144, 16, (0,), 16, 5), ClipSet(384, 49, 2_048, 4, (1,), 4, 1))
+    seconds: int = 60  # of rendering and encoding
     compile: tuple[str, ...] = ("--compile",)
     steps: int | None = None  # instead of the minutes
     sampling: tuple[str, ...] = ("--batch", "50")
+    large: int = 48  # captions at the second size
     least: float = 1.0  # factor on the seconds a phase needs at least
 
 
-TINY = Sizes((ClipSet(32, 9, 4, 2, (0, 1), 2, 2), ClipSet(48, 13, 4, 2, (0,), 1, 1)), 150, (),
-             6, ("--steps", "2", "--batch", "2"), 0.2)
+TINY = Sizes((ClipSet(32, 9, 4, 2, (0,), 2, 2), ClipSet(48, 13, 4, 2, (1,), 1, 1)), 240, (),
+             6, ("--steps", "2", "--batch", "2"), 2, 0.2)
 
-# 36 blocks of 64 tokens at 256x256x33: one critical block is a sparsity of 97.2 %, three are 91.7 %.
-SLA = ("--attention", "sla", "--topk", 0.05, "--negligible", 0.1, "--scope", "marginal")
+# 36 blocks of 64 tokens at 256x256x33: one critical block is a sparsity of 97.2 %, two are 94.4 %, three 91.7 %.  In boxes of eight
+# frames, one row and eight columns, one block of keys holds 37 % of the dense model's softmax; 29 % in raster order, 31 %
+# in boxes of 4x4x4.
+TILE = ("--tile", "8,1,8")
+# Three of the five layers keep two blocks: 95.6 % sparse together.
+SLA = ("--attention", "sla", "--layer-topk", "0.05,0.056,0.056,0.056,0.05", "--negligible", 0.1, "--scope", "marginal")
 SALAD = ("--attention", "salad", "--topk", 0.1)
-KINDS = {"sla": SLA, "salad": SALAD, "tiled": (*SLA, "--tile", "4,4,4"),
-         "linear": ("--attention", "sla", "--topk", 0, "--scope", "all")}
+KINDS = {"sla": (*SLA, *TILE, "--rank", 64), "salad": (*SALAD, *TILE, "--rank", 40),
+         "linear": ("--attention", "sla", "--topk", 0, "--scope", "all", "--rank", 64)}
 SHIPPED = ("sla", "salad")
-GPUS = {"sla": 0, "salad": 1, "tiled": 2, "linear": 2}
+GPUS = {"sla": 0, "salad": 1, "linear": 1}
+YARDSTICK = 0.25  # of a shipped adapter's minutes, for those that are not
 TOPKS = (0.1, 0.25, 0.5)  # of the curve, beside the default
-SNAPSHOTS = (0.01, 0.05, 0.2, 0.5)  # of the steps
-TRAINING = ("--train", "lora", "--lora-on", "all", "--loss", "teacher", "--block-loss", 0.5, "--guided-loss", 0.1, "--trajectories",
-            0.5, "--noise-levels", "uniform", "--rate", 2e-3, "--base-rate", 1e-3, "--warmup", 100, "--average", 0.998,
-            "--no-deterministic", "--save-seconds", 25, "--snapshots", *SNAPSHOTS)
+SNAPSHOTS = (0.02, 0.1, 0.4)  # of the steps
+TRAINING = ("--train", "lora", "--lora-on", "all", "--loss", "teacher", "--block-loss", 0.25, "--guided-loss", 0.3, "--path-weights",
+            "--trajectories", 0.75, "--noise-levels", "uniform", "--rate", 2e-3, "--base-rate", 1.5e-3, "--warmup", 100, "--average",
+            0.999, "--no-deterministic", "--save-seconds", 25, "--snapshots", *SNAPSHOTS)
 
 
 def finetune(*arguments: object) -> list[str]:
@@ -81,14 +88,14 @@ def write_captions(file: Path, count: int, suffix: str) -> None:
     file.write_text(json.dumps(clips))
 
 
-def encoders(args: argparse.Namespace, clips: ClipSet, seconds: int, seed: int, compiled: tuple[str, ...]) -> list[Phase]:
+def encoders(args: argparse.Namespace, clips: ClipSet, seconds: int, seed: int) -> list[Phase]:
     """Into one folder of latents, from several GPUs if there are any."""
     vae = MODEL / "vae" / "diffusion_pytorch_model.safetensors"
     gpus = clips.gpus if len(args.gpus) > 1 else clips.gpus[:1]
     return [Phase(f"latents {clips.size}x{clips.frames} {i + 1}", script(
         "latents.py", "--vocabulary", MODEL / "tokenizer" / "spiece.model", "--workers", args.workers, "--vae", vae, "--out",
         args.work / f"latents-{clips.size}-{clips.frames}", "--size", clips.size, "--frames", clips.frames, "--clips",
-        clips.clips, "--seconds", seconds, "--batch", clips.chunk, "--seed", seed + 1000 * i, *compiled), seconds + 30,
+        clips.clips, "--seconds", seconds, "--batch", clips.chunk, "--seed", seed + 1000 * i), seconds + 30,
         gpu=gpu, beside=True) for i, gpu in enumerate(gpus)]
 
 
@@ -96,9 +103,9 @@ def prepared(args: argparse.Namespace, clips: ClipSet) -> Path:
     return args.work / f"latents-{clips.size}-{clips.frames}.safetensors"
 
 
-def data_phases(args: argparse.Namespace, clips: ClipSet, seconds: int, seed: int, compiled: tuple[str, ...]) -> list[Phase]:
+def data_phases(args: argparse.Namespace, clips: ClipSet, seconds: int, seed: int) -> list[Phase]:
     """The encoders, unless there are latents of make.py; then latents and embedded captions in one file."""
-    found = [] if args.latents else encoders(args, clips, seconds, seed, compiled)
+    found = [] if args.latents else encoders(args, clips, seconds, seed)
     folder = (args.latents or args.work) / f"latents-{clips.size}-{clips.frames}"
     return found + [Phase(f"prepare {clips.size}x{clips.frames}", finetune(
         "prepare", "--model", MODEL, "--recipe-latents", folder, "--at-most", clips.clips, "--out", prepared(args, clips)), 25,
@@ -107,72 +114,99 @@ def data_phases(args: argparse.Namespace, clips: ClipSet, seconds: int, seed: in
 
 @dataclass(frozen=True)
 class Drawn:
-    """Clips of one kind of attention, for the table or for the curves."""
+    """Clips of one kind of attention, for some of the tables."""
 
     name: str
-    after: str  # the phase it waits for
+    after: str  # the phase it waits for; "": latents of captions are all it needs
     options: tuple
     gpu: int
-    curve: bool = False  # fewer captions; drawn after what the table needs
+    where: str = "table"  # or "curves": fewer captions; or "large": the second size
+    dense: str = "dense"  # what it is compared with
+
+    @property
+    def captions(self) -> str:
+        return f"captions-{self.where}.json"
 
 
-def drawn(work: Path) -> list[Drawn]:
+def drawn(args: argparse.Namespace) -> list[Drawn]:
     def adapter(kind: str, share: float | None = None) -> tuple:
-        folder = work / kind / "out" / (f"at-{share:g}" if share else "")
-        return ("--adapter", folder / "attention" / f"{'sla' if kind == 'tiled' else kind}.safetensors")
+        folder = args.work / kind / "out" / (f"at-{share:g}" if share else "")
+        return ("--adapter", folder / "attention" / f"{kind}.safetensors")
 
     def untrained(topk: float) -> tuple:
         return ("--attention", "sla", "--topk", topk)
 
-    found = [Drawn("dense", "", ("--attention", "dense"), 2), Drawn("sparse", "", untrained(0.05), 1),
-             Drawn("sparse-salad", "", ("--attention", "salad", "--topk", 0.1), 2)]
-    found += [Drawn(f"sparse-topk-{topk:g}", "draw sparse", untrained(topk), 2, True) for topk in TOPKS]
+    dense, sparse = ("--attention", "dense"), ("--attention", "salad", "--topk", 0.1)
+    found = [Drawn("dense", "", dense, 1), Drawn("sparse", "", untrained(0.056), 1), Drawn("sparse-salad", "", sparse, 1),
+             Drawn("dense-large", "", dense, 1, "large", "dense-large")]
+    found += [Drawn(name, "", ("--adapter", file), 1) for name, file in args.compare]
+    found += [Drawn(f"sparse-topk-{topk:g}", "", untrained(topk), 1, "curves") for topk in TOPKS]
     found += [Drawn(kind, kind, adapter(kind), GPUS[kind]) for kind in KINDS]
-    found += [Drawn(f"{kind}-at-{share:g}", f"draw {kind}", adapter(kind, share), GPUS[kind], True)
-              for kind in SHIPPED for share in SNAPSHOTS]
-    return found + [Drawn(f"sla-topk-{topk:g}", "draw sla", (*adapter("sla"), "--topk", topk), i % 2, True)
-                    for i, topk in enumerate(TOPKS)]
+    for kind in SHIPPED:
+        found += [Drawn(f"{kind}-large", kind, adapter(kind), GPUS[kind], "large", "dense-large")]
+        found += [Drawn(f"{kind}-at-{share:g}", kind, adapter(kind, share), GPUS[kind], "curves") for share in SNAPSHOTS]
+    return found + [Drawn(f"sla-topk-{topk:g}", "sla", (*adapter("sla"), "--topk", topk), 1, "curves") for topk in TOPKS]
 
 
-def table_phases(args: argparse.Namespace, sizes: Sizes) -> list[Phase]:
-    """Clips of every kind, the table, and the curves of quality over sparsity and over steps."""
-    work, found, home = args.work, [], sizes.sets[0]
-    for one in drawn(work):
+def count_of(args: argparse.Namespace, where: str) -> int:
+    sizes = TINY if args.tiny else Sizes()
+    return {"table": args.table, "curves": min(args.table, 64), "large": min(args.table, sizes.large)}[where]
+
+
+def judging(args: argparse.Namespace, name: str, rows: list[Drawn], count: int, after: tuple[str, ...], jobs: int) -> Phase:
+    clips = [f"{one.name}=clips@{args.work / 'drawn' / one.name}" for one in rows]
+    return Phase(name, [sys.executable, str(TESTS / "quality.py"), str(args.work / name.replace(" ", "-")), *clips, "--count", str(count),
+                        "--jobs", str(jobs)], 5, after, beside=True,
+                 environment={"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"})
+
+
+def table_phases(args: argparse.Namespace, sizes: Sizes, ready: tuple[str, ...]) -> list[Phase]:
+    """Clips of every kind, judged as they come; then the tables, and the curves of quality over sparsity and over steps."""
+    work, found, kinds = args.work, [], drawn(args)
+    by_name = {one.name: one for one in kinds}
+    for one in kinds:
+        size = sizes.sets[one.where == "large"]
+        sampling = ("--batch", size.batch * 3) if one.where == "large" and not args.tiny else sizes.sampling
         found.append(Phase(f"draw {one.name}", finetune(
-            "sample", "--model", MODEL, "--captions", work / f"captions{'-curve' if one.curve else ''}.json", "--raw", "--out",
-            work / "drawn" / one.name, "--size", f"{home.size}x{home.size}", "--frames", home.frames, *sizes.sampling,
-            *one.options), 15, (one.after,) if one.after else (), one.gpu, beside=True))
-    quality = [sys.executable, str(TESTS / "quality.py")]
-    jobs = ("--jobs", str(args.jobs))
-    kinds = drawn(work)
-    for name, chosen, count in (
-            ("first table", [one for one in kinds if not one.curve and one.name not in ("tiled", "linear")], args.table),
-            ("table", [one for one in kinds if not one.curve], args.table), ("curves", kinds, curve_count(args))):
-        clips = [f"{one.name}=clips@{work / 'drawn' / one.name}" for one in chosen]
-        found.append(Phase(name, [*quality, str(work / name.replace(" ", "-")), *clips, "--count", str(count), *jobs], 15,
-                           tuple(f"draw {one.name}" for one in chosen), beside=True,
-                           environment={"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}))
+            "sample", "--model", MODEL, "--captions", work / one.captions, "--raw", "--out", work / "drawn" / one.name, "--size",
+            f"{size.size}x{size.size}", "--frames", size.frames, *(sizes.sampling if args.tiny else sampling), *one.options), 10,
+            (one.after,) if one.after else ready, one.gpu, beside=True))
+        first = by_name[one.dense]
+        rows = [first] if one is first else [first, one]
+        found.append(judging(args, f"judge {one.name}", rows, count_of(args, one.where),
+                             (f"draw {one.name}", *(f"judge {row.name}" for row in rows[:-1])), args.jobs))
+    for where in ("table", "large", "curves"):
+        rows = [one for one in kinds if one.where == where or where == "curves" and one.where == "table"]
+        found.append(judging(args, where, rows, count_of(args, where), tuple(f"judge {one.name}" for one in rows), args.jobs))
     return found
 
 
-def curve_count(args: argparse.Namespace) -> int:
-    return min(args.table, 100)
+def summary(args: argparse.Namespace) -> None:
+    """The tables of what could be drawn, when the time was over before all was."""
+    for where in ("table", "large", "curves"):
+        rows = [one for one in drawn(args) if (one.where == where or where == "curves" and one.where == "table")
+                and any((args.work / "drawn" / one.name).glob(".judged-*"))]
+        if rows and not (args.work / where / "table.md").exists():
+            subprocess.run(judging(args, where, rows, count_of(args, where), (), args.jobs).command, timeout=60, check=False)
 
 
 def phases_of(args: argparse.Namespace) -> list[Phase]:
     sizes, work = TINY if args.tiny else Sizes(), args.work
-    found = [phase for clips in sizes.sets for phase in data_phases(args, clips, sizes.seconds, 77, sizes.compile)]
+    found = [phase for clips in sizes.sets for phase in data_phases(args, clips, sizes.seconds, args.seed)]
     ready = tuple(phase.name for phase in found if phase.name.startswith("prepare"))
-    plan = ("--data", *(prepared(args, clips) for clips in sizes.sets), "--batch", *(clips.batch for clips in sizes.sets), "--turns", *(clips.turns for clips in sizes.sets))
+    plan = ("--data", *(prepared(args, clips) for clips in sizes.sets), "--batch", *(clips.batch for clips in sizes.sets),
+            "--turns", *(clips.turns for clips in sizes.sets), "--seed", args.seed)
     steps = args.steps or sizes.steps
-    length = ("--steps", steps) if steps else ("--minutes", args.adapter_minutes)
     for name in KINDS if args.table else args.kinds:
+        minutes = args.adapter_minutes * (1 if name in SHIPPED else YARDSTICK)
+        length = ("--steps", steps) if steps else ("--clock-minutes", minutes)
+        start = ("--start", args.start / f"{name}.safetensors") if args.start and name in SHIPPED else ()
         found.append(Phase(name, finetune(
             "train", "--model", MODEL, "--work", work / name, "--out", work / name / "out", *plan, *KINDS[name], *TRAINING,
-            *sizes.compile, *length), 60, ready, GPUS[name], name not in SHIPPED,
+            *sizes.compile, *length, *start), 60, ready, GPUS[name], beside=True, tail=args.tail,
             environment={"SLALOM_ATTENTION_LIBRARY": "none"} if name in args.plain else {}))
     if args.table:
-        found += table_phases(args, sizes)
+        found += table_phases(args, sizes, ready)
     for phase in found:
         phase.least *= sizes.least
     return found
@@ -183,25 +217,29 @@ def draw_curves(args: argparse.Namespace, home: ClipSet) -> None:
     sys.path.insert(0, str(TESTS))
     from chart import line_chart
     results = json.loads((args.work / "curves" / "table.json").read_text())
+    dense = results["dense"]
     blocks = -(-((home.frames - 1) // 4 + 1) * (home.size // 16) ** 2 // 64)
     steps = {kind: json.loads((args.work / kind / "log.jsonl").read_text().splitlines()[-1])["step"] for kind in SHIPPED}
+    before = args.steps_before
 
     def sparsity(topk: float) -> float:
         return 100 * (1 - max(1, int(topk * blocks)) / blocks)
 
-    lines = {"sparsity": {name: [(sparsity(0.05), first), *((sparsity(topk), f"{first}-topk-{topk:g}") for topk in TOPKS)]
+    own = {"sla": 100 * (1 - 8 / 5 / blocks), "sparse": sparsity(0.056)}  # two layers of one block, three of two
+    lines = {"sparsity": {name: [(own[first], first), *((sparsity(topk), f"{first}-topk-{topk:g}") for topk in TOPKS)]
                           for name, first in (("SLA", "sla"), ("untrained", "sparse"))},
-             "steps": {kind.upper(): [(0, "sparse" if kind == "sla" else "sparse-salad"), (steps[kind], kind),
-                                      *((share * steps[kind], f"{kind}-at-{share:g}") for share in SNAPSHOTS)]
+             "steps": {kind.upper(): [(0, "sparse" if kind == "sla" else "sparse-salad"), (before + steps[kind], kind),
+                                      *((before + share * steps[kind], f"{kind}-at-{share:g}") for share in SNAPSHOTS)]
                        for kind in SHIPPED}}
-    for what, key, factor, unit in (("accuracy", "all", 100, "colour, shape and motion right, %"), ("psnr", "psnr", 1, "dB")):
+    for what, key, factor, unit in (("accuracy", "all", 100, "colour, shape and motion right, %"),
+                                    ("subject", "subject", 100, "subject consistency, %"), ("psnr", "psnr", 1, "dB")):
         for x, series in lines.items():
-            dense = {"dense": [(place, 100 * results["dense"]["all"]) for place in (min(p for s in series.values() for p, _ in s),
-                               max(p for s in series.values() for p, _ in s))]} if key == "all" else {}
+            places = [place for line in series.values() for place, _ in line]
+            level = {"dense": [(place, factor * dense[key]) for place in (min(places), max(places))]} if key in dense else {}
             points = {name: [(place, factor * results[row][key]) for place, row in rows if key in results.get(row, {})]
                       for name, rows in series.items()}
             line_chart(args.out / f"{what}-{x}.svg", f"{unit} over {x}", "sparsity, %" if x == "sparsity" else x, unit,
-                       {name: some for name, some in (points | dense).items() if some})
+                       {name: some for name, some in (points | level).items() if some})
 
 
 def pack(args: argparse.Namespace, call: Call, phases: list[Phase]) -> None:
@@ -217,10 +255,10 @@ def pack(args: argparse.Namespace, call: Call, phases: list[Phase]) -> None:
             shutil.copy(file, folder)
         if (args.work / phase.name / "log.jsonl").exists():
             shutil.copy(args.work / phase.name / "log.jsonl", args.out / f"losses-{phase.name}.jsonl")
-    for name in ("first-table", "table", "curves"):
+    for name in ("table", "large", "curves"):
         for file in (args.work / name).glob("table.*"):
             shutil.copy(file, args.out / f"{name}{file.suffix}")
-    if call.is_done("curves"):
+    if (args.work / "curves" / "table.json").exists():
         draw_curves(args, (TINY if args.tiny else Sizes()).sets[0])
     (args.out / "report.txt").write_text(call.report(phases))
 
@@ -228,7 +266,13 @@ def pack(args: argparse.Namespace, call: Call, phases: list[Phase]) -> None:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add_call_arguments(parser)
-    parser.add_argument("--adapter-minutes", type=float, default=3.5, help="of training, for each adapter")
+    parser.add_argument("--adapter-minutes", type=float, default=7.0, help="of training, by the clock, for each shipped adapter")
+    parser.add_argument("--start", type=Path, help="folder of {sla,salad}.safetensors to go on from")
+    parser.add_argument("--steps-before", type=int, default=0, help="that those have behind them, for the curves")
+    parser.add_argument("--compare", nargs="*", default=[], type=lambda text: text.split("=", 1), metavar="NAME=FILE",
+                        help="more adapters for the table")
+    parser.add_argument("--seed", type=int, default=77)
+    parser.add_argument("--tail", type=float, default=0, help="seconds of the call that training leaves to the tables")
     parser.add_argument("--steps", type=int, help="of each adapter, instead of the minutes")
     parser.add_argument("--latents", type=Path, help="make.py's --work, whose latents do as well")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=SHIPPED)
@@ -242,9 +286,12 @@ def main() -> int:
     args = parse()
     args.work = args.work.resolve()
     call, phases = Call(args.work, args.minutes, args.gpus), phases_of(args)
-    write_captions(args.work / "captions.json", args.table, ".mp4")
-    write_captions(args.work / "captions-curve.json", curve_count(args), ".mp4")
+    for where in ("table", "curves", "large"):
+        write_captions(args.work / f"captions-{where}.json", count_of(args, where), ".mp4")
     status = call.run(phases)
+    pack(args, call, phases)
+    if args.table:
+        summary(args)
     pack(args, call, phases)
     print("\n".join(call.table), flush=True)
     return status

@@ -54,7 +54,7 @@ def phases_of(args: argparse.Namespace) -> list[Phase]:
             gpu)
 
     stills_set = ClipSet(size, 1, clips, min(clips, 64), (0, 1), batch, 1)
-    found = data_phases(args, stills_set, 60, 78, compiled)
+    found = data_phases(args, stills_set, 60, 78)
     found += [
         train("dense", MODEL, found[-1].name, 0, batch, *EVERYTHING, "--train", "all", "--base-rate", 5e-4),
         train("sla", stills, "dense", 0, batch // 2, *SPARSE, *TRAINING, "--rank", 64),

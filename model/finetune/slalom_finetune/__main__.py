@@ -101,7 +101,7 @@ def _add_train(commands: argparse._SubParsersAction) -> None:
     length.add_argument("--steps", type=int, default=Plan.steps)
     length.add_argument("--minutes", type=float, help="as many steps as fit, measured once, at the start")
     length.add_argument("--clock-minutes", type=float, default=Plan.minutes, help="ends and lets the rates fall by the "
-                        "clock, where other work shares the machine; no two runs are then the same")
+                        "clock, before the deadline: where other work shares the machine; no two runs are then the same")
     group.add_argument("--batch", type=int, nargs="+", default=list(Plan.batches), help="one for each data file")
     group.add_argument("--turns", type=int, nargs="+", default=[], help="steps of each data file in its turn")
     group.add_argument("--rate", type=float, default=Plan.rate, help="of new parameters")

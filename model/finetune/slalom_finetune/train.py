@@ -27,6 +27,7 @@ from .options import AttentionOptions
 from .trajectories import States, Trajectories
 from .wan import Tokens, WanTransformer
 
+SAVING = 12.0  # seconds before its deadline at which a run by the clock ends
 PACE_STEPS = 4  # steps that are timed, and not taken, to learn how many fit into --minutes
 
 
@@ -48,7 +49,7 @@ class Plan:
     sampler_steps: int = 20
     path_weights: bool = False  # teacher: errors count as much as the sampler's steps are long where they are made
     steps: int = 1000
-    minutes: float = 0.0  # instead of steps: ends, and lets the rates fall, by the clock
+    minutes: float = 0.0  # instead of steps: ends, and lets the rates fall, by the clock; the deadline shortens it
     batches: tuple[int, ...] = (16,)  # one per data file; files take turns
     turns: tuple[int, ...] = ()  # steps that each file gets in its turn; one each when left out
     rate: float = 1e-3
@@ -67,13 +68,10 @@ class Plan:
         rounds, place = divmod(step, len(order))
         return order[place], rounds * order.count(order[place]) + order[:place].count(order[place])
 
-    def progress(self, step: int, seconds: float) -> float:
-        return seconds / (60 * self.minutes) if self.minutes else step / self.steps
-
-    def rate_at(self, step: int, seconds: float = 0.0) -> float:
+    def rate_at(self, step: int, progress: float) -> float:
         """Factor on the rates: linear warm-up, then a cosine down to 2 %."""
         return min(1.0, (step + 1) / max(self.warmup, 1)) * (
-            0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(self.progress(step, seconds), 1.0))))
+            0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0))))
 
 
 @dataclass
@@ -174,6 +172,7 @@ class Trainer:
         self.step, self.spent, self.begun, self.saved = 0, 0.0, 0.0, time.time()
         self.losses: list[Tensor] = []
         self.walks: dict[int, Trajectories] = {}  # by data file
+        self.limit = 60 * plan.minutes
 
     def _place(self, data: LatentSet) -> LatentSet:
         """On a GPU whole, when it is small."""
@@ -217,7 +216,7 @@ class Trainer:
 
     def take_step(self) -> None:
         for group in self.optimizer.param_groups:
-            group["lr"] = group["peak"] * self.plan.rate_at(self.step, self.seconds())
+            group["lr"] = group["peak"] * self.plan.rate_at(self.step, self.progress())
         self.losses.append(self.compute(self.step, walk=True))
         trainable = self.student.trainable()
         nn.utils.clip_grad_norm_(list(trainable.values()), 1.0)
@@ -253,7 +252,7 @@ class Trainer:
         return self.spent + (time.time() - self.begun if self.begun else 0.0)
 
     def progress(self) -> float:
-        return self.plan.progress(self.step, self.seconds())
+        return self.seconds() / self.limit if self.plan.minutes else self.step / self.plan.steps
 
     def _wait(self) -> None:
         if self.device.type == "cuda":
@@ -318,6 +317,7 @@ class Trainer:
               f"{sum(len(s.latents) for s in self.sets)} clips, {describe(self.device)}", flush=True)
         if self.plan.minutes:
             self._compile()
+            self.limit = min(self.limit, self.spent + max(deadline.left() - SAVING, 0.0))
         recent: list[float] = []
         snapshots = sorted(share for share in self.places.snapshots if share > self.progress())
         self.begun = time.time()

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,7 @@ from slalom_finetune.data import Batch, LatentSet, SetBuilder
 from slalom_finetune.deadline import UNFINISHED
 from slalom_finetune.files import read_metadata, save_tensors
 from slalom_finetune.sample import sigmas_of
-from slalom_finetune.train import Places, Plan, Student, Trainer
+from slalom_finetune.train import SAVING, Places, Plan, Student, Trainer
 from slalom_finetune.trajectories import States, Trajectories
 from slalom_finetune.wan import WanTransformer
 
@@ -118,6 +119,14 @@ def places(tmp_path: Path, model: Path = SMALL) -> Places:
 class Never:
     def over(self) -> bool:
         return False
+
+    def left(self) -> float:
+        return float("inf")
+
+
+class Soon(Never):
+    def left(self) -> float:
+        return SAVING + 1.0
 
 
 @pytest.mark.parametrize("kind,train_what", [("sla", "proj"), ("sla", "lora"), ("sla", "all"), ("salad", "lora")])
@@ -239,9 +248,12 @@ def test_a_run_by_the_clock_ends_by_it(tmp_path: Path) -> None:
     trainer = Trainer(plan, where)
     assert trainer.run(Never()) == 0
     assert 3 <= trainer.seconds() < 30 and trainer.step > 2
-    assert plan.rate_at(1000, 1.5) == pytest.approx(0.51, abs=0.02) and plan.rate_at(1000, 3.0) == pytest.approx(0.02)
+    assert plan.rate_at(1000, 0.5) == pytest.approx(0.51, abs=0.02) and plan.rate_at(1000, 1.0) == pytest.approx(0.02)
     done = json.loads(read_metadata(tmp_path / "out" / "at-0.3" / "attention" / "sla.safetensors")["slalom.finetune"])
     assert done["steps_done"] < trainer.step
+    where.work = tmp_path / "shorter"
+    shorter = Trainer(replace(plan, minutes=10.0), where)  # its deadline comes before, so it is done by then
+    assert shorter.run(Soon()) == 0 and shorter.seconds() < 30
 
 
 def test_the_linear_branch_alone_can_be_trained(tmp_path: Path) -> None:
