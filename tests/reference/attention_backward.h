@@ -68,7 +68,8 @@ Array BesideSparse(Array out, const Array& q, const Array& k, const Array& v, co
 }
 
 // d_q, d_k, d_v [B, L, H, D] += the sparse branch's gradients. The branch's output is had as a
-// plain implementation has it: from the whole output as it was stored, less the `rest`.
+// plain implementation has it: from the whole output as it was stored, less the `rest`, which it
+// computes again and stores likewise.
 template <typename P>
 void SparseBranchBackward(const Array& q, const Array& k, const Array& v, const Classes& map,
                           const Array& rest, const Array& d_out, Array& d_q, Array& d_k,
@@ -94,7 +95,7 @@ void SparseBranchBackward(const Array& q, const Array& k, const Array& v, const 
           const auto at = ((b * length + static_cast<std::int64_t>(i)) * heads + h) * size +
                           static_cast<std::int64_t>(c);
           const Real other = rest.defined() ? static_cast<Real>(rest[at]) : Real(0);
-          out[c] = P::Store(out[c] + other) - other;
+          out[c] = P::Store(out[c] + other) - P::Store(other);
         }
         const Real delta = Dot(out, ds[i]);
         for (const std::int64_t key : keys) {

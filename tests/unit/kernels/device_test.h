@@ -57,9 +57,11 @@ class OpTest : public testing::TestWithParam<OpCase> {
 
   // The error rule. `floor` is what is forgiven on top, in float32 units in the last place of the
   // largest value: a plain implementation can be lucky in the few elements of a test. In bf16,
-  // where rounding the result outweighs all else, it is one unit of that type.
+  // where rounding the result outweighs all else, it is one unit of that type. `forgiven` is
+  // absolute.
   void ExpectClose(const Tensor& actual, const reference::Array& exact,
-                   const reference::Array& plain, const std::string& what, double floor = 8.0);
+                   const reference::Array& plain, const std::string& what, double floor = 8.0,
+                   double forgiven = 0.0);
   // Calls run(P{}) with the plain policy of type().
   template <typename Run>
   reference::Array Plain(const Run& run) {
