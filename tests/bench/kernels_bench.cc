@@ -11,6 +11,7 @@
 #include <cstring>
 #include <exception>
 #include <fstream>
+#include <thread>
 
 #include "kernels/core/error.h"
 
@@ -20,10 +21,13 @@ namespace {
 constexpr DType kBF16 = DType::kBF16;
 constexpr DType kF32 = DType::kF32;
 constexpr std::int64_t kHidden = 8960;
+constexpr std::int64_t kThreads = 8;
 
-// splitmix64: hundreds of millions of values must not take longer than the benches.
-std::uint64_t NextRandom(std::uint64_t& state) {
-  std::uint64_t z = state += 0x9E3779B97F4A7C15u;
+// splitmix64: value i of a sequence depends on i alone, so that threads can share the work.
+// Hundreds of millions of values must not take longer than the benches.
+constexpr std::uint64_t kRandomStep = 0x9E3779B97F4A7C15u;
+std::uint64_t RandomAt(std::uint64_t start, std::int64_t i) {
+  std::uint64_t z = start + static_cast<std::uint64_t>(i + 1) * kRandomStep;
   z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9u;
   z = (z ^ z >> 27) * 0x94D049BB133111EBu;
   return z ^ z >> 31;
@@ -42,9 +46,17 @@ Tensor Bench::Random(const Shape& shape, DType type, float scale) {
   const Tensor host = Tensor::Host(shape, kF32);
   const float step = scale * std::sqrt(12.0f) / 0x1p32f;
   float* values = host.data<float>();
-  for (std::int64_t i = 0; i < host.NumElements(); ++i) {
-    values[i] = static_cast<float>(static_cast<std::int32_t>(NextRandom(random_))) * step;
+  const std::int64_t count = host.NumElements(), share = (count + kThreads - 1) / kThreads;
+  std::vector<std::thread> threads;
+  for (std::int64_t first = 0; first < count; first += share) {
+    threads.emplace_back([=, start = random_] {
+      for (std::int64_t i = first; i < std::min(first + share, count); ++i) {
+        values[i] = static_cast<float>(static_cast<std::int32_t>(RandomAt(start, i))) * step;
+      }
+    });
   }
+  for (std::thread& thread : threads) thread.join();
+  random_ += static_cast<std::uint64_t>(count) * kRandomStep;
   const Tensor device = backend_.Allocate(shape, type);
   backend_.Copy(host, device);
   return device;
