@@ -1,5 +1,7 @@
 // The two sparse attention layers alone.
 #include <algorithm>
+#include <memory>
+#include <utility>
 
 #include "kernels/core/error.h"
 #include "model/rope.h"
@@ -81,66 +83,68 @@ Tensor Rotate(Backend& backend, const Tensor& x, const RopeTables& rope) {
   return out;
 }
 
-}  // namespace
+// SLA forward on what the input file has.
+struct SlaForward {
+  Heads heads;
+  std::unique_ptr<const BlockMap> map;  // of the arguments
+  SlaArgs args;
+};
 
-TensorMap RunSla(Backend& backend, const NetworkOptions& options, const NetworkInputs& inputs) {
+SlaForward RunSlaForward(Backend& backend, const NetworkOptions& options,
+                         const NetworkInputs& inputs, bool save_lse) {
   const Heads heads = ReadHeads(backend, inputs, options.dtype);
   const Tensor weight = inputs.Get("proj_weight", DType::kF32, {heads.width, heads.width});
   const Tensor bias = inputs.Get("proj_bias", DType::kF32, {heads.width});
-  const BlockMap map = ReadOrMakeMap(backend, options, inputs, heads,
-                                     {.q = heads.q, .k = heads.k, .options = options.map});
-  const Tensor out = backend.Allocate(heads.q.shape(), options.dtype);
-  backend.SlaAttention({.q = heads.q,
-                        .k = heads.k,
-                        .v = heads.v,
-                        .map = &map,
-                        .scope = options.scope,
-                        .feature_map = options.feature_map,
-                        .proj_weight = Upload(backend, weight, DType::kF32),
-                        .proj_bias = Upload(backend, bias, DType::kF32),
-                        .out = out});
-  return {{"o", SwapMiddle(Download(backend, out))},
-          {"map", Download(backend, map.classes)},
-          {"sparsity", Sparsity(backend, map)}};
+  auto map = std::make_unique<const BlockMap>(ReadOrMakeMap(
+      backend, options, inputs, heads, {.q = heads.q, .k = heads.k, .options = options.map}));
+  SlaArgs args{.q = heads.q,
+               .k = heads.k,
+               .v = heads.v,
+               .map = map.get(),
+               .scope = options.scope,
+               .feature_map = options.feature_map,
+               .proj_weight = Upload(backend, weight, DType::kF32),
+               .proj_bias = Upload(backend, bias, DType::kF32),
+               .out = backend.Allocate(heads.q.shape(), options.dtype)};
+  if (save_lse) {
+    args.lse = backend.Allocate({heads.batch, heads.heads, heads.length}, DType::kF32);
+  }
+  backend.SlaAttention(args);
+  return {heads, std::move(map), args};
+}
+
+}  // namespace
+
+TensorMap RunSla(Backend& backend, const NetworkOptions& options, const NetworkInputs& inputs) {
+  const SlaForward forward = RunSlaForward(backend, options, inputs, false);
+  return {{"o", SwapMiddle(Download(backend, forward.args.out))},
+          {"map", Download(backend, forward.map->classes)},
+          {"sparsity", Sparsity(backend, *forward.map)}};
 }
 
 TensorMap RunSlaBackward(Backend& backend, const NetworkOptions& options,
                          const NetworkInputs& inputs) {
-  const Heads heads = ReadHeads(backend, inputs, options.dtype);
+  const SlaForward forward = RunSlaForward(backend, options, inputs, true);
+  const Heads& heads = forward.heads;
   const Tensor slopes =
       inputs.Get("do", DType::kF32, {heads.batch, heads.heads, heads.length, heads.width});
-  const Tensor weight = inputs.Get("proj_weight", DType::kF32, {heads.width, heads.width});
-  const Tensor bias = inputs.Get("proj_bias", DType::kF32, {heads.width});
-  const BlockMap map = ReadOrMakeMap(backend, options, inputs, heads,
-                                     {.q = heads.q, .k = heads.k, .options = options.map});
-  const auto like_q = [&] { return backend.Allocate(heads.q.shape(), options.dtype); };
-  SlaBackwardArgs args{
-      .q = heads.q,
-      .k = heads.k,
-      .v = heads.v,
-      .map = &map,
-      .scope = options.scope,
-      .feature_map = options.feature_map,
-      .proj_weight = Upload(backend, weight, DType::kF32),
-      .proj_bias = Upload(backend, bias, DType::kF32),
-      .out = like_q(),
-      .lse = backend.Allocate({heads.batch, heads.heads, heads.length}, DType::kF32),
-      .d_out = Upload(backend, SwapMiddle(slopes), options.dtype),
-      .d_q = like_q(),
-      .d_k = like_q(),
-      .d_v = like_q(),
-      .d_proj_weight = backend.Allocate(weight.shape(), DType::kF32),
-      .d_proj_bias = backend.Allocate(bias.shape(), DType::kF32)};
-  backend.SlaAttention({.q = args.q,
-                        .k = args.k,
-                        .v = args.v,
-                        .map = &map,
-                        .scope = args.scope,
-                        .feature_map = args.feature_map,
-                        .proj_weight = args.proj_weight,
-                        .proj_bias = args.proj_bias,
-                        .out = args.out,
-                        .lse = args.lse});
+  const auto like = [&](const Tensor& x) { return backend.Allocate(x.shape(), x.dtype()); };
+  const SlaBackwardArgs args{.q = heads.q,
+                             .k = heads.k,
+                             .v = heads.v,
+                             .map = forward.args.map,
+                             .scope = options.scope,
+                             .feature_map = options.feature_map,
+                             .proj_weight = forward.args.proj_weight,
+                             .proj_bias = forward.args.proj_bias,
+                             .out = forward.args.out,
+                             .lse = forward.args.lse,
+                             .d_out = Upload(backend, SwapMiddle(slopes), options.dtype),
+                             .d_q = like(heads.q),
+                             .d_k = like(heads.k),
+                             .d_v = like(heads.v),
+                             .d_proj_weight = like(forward.args.proj_weight),
+                             .d_proj_bias = like(forward.args.proj_bias)};
   backend.SlaAttentionBackward(args);
   return {{"dq", SwapMiddle(Download(backend, args.d_q))},
           {"dk", SwapMiddle(Download(backend, args.d_k))},
