@@ -39,6 +39,27 @@ TokenTile ParseTile(const ConfigReader& reader, BlockMapKind map) {
   return tile;
 }
 
+std::vector<double> ParseLayerTopK(const ConfigReader& reader, double mean,
+                                   const TransformerConfig& config) {
+  std::vector<double> layers = reader.Doubles("layer_topk");
+  if (layers.empty()) return layers;
+  if (std::ssize(layers) != config.num_layers) {
+    reader.Fail("layer_topk", "has " + std::to_string(layers.size()) + " values, the transformer " +
+                                  std::to_string(config.num_layers) + " layers");
+  }
+  double sum = 0;
+  for (const double topk : layers) {
+    if (!(topk > 0 && topk <= 1)) {
+      reader.Fail("layer_topk", "holds " + std::to_string(topk) + ", which is no share above 0");
+    }
+    sum += topk;
+  }
+  if (std::abs(sum / static_cast<double>(layers.size()) - mean) > kSameTopK) {
+    reader.Fail("layer_topk", "has another mean than topk, " + std::to_string(mean));
+  }
+  return layers;
+}
+
 // The adapter's description: everything but tensors.
 AttentionAdapter ParseDescription(const Weights& weights, const TransformerConfig& config) {
   const auto text = weights.metadata().find(kMetadataKey);
@@ -50,7 +71,7 @@ AttentionAdapter ParseDescription(const Weights& weights, const TransformerConfi
   const nlohmann::json object = ParseJson(text->second, source);
   const ConfigReader reader(object, source);
   reader.RequireKnown({"kind", "topk", "negligible", "scope", "feature_map", "block_q", "block_k",
-                       "map", "gate", "dropped_layers", "tile"});
+                       "map", "gate", "dropped_layers", "tile", "layer_topk"});
   if (reader.Find({"kind"}) == nullptr) reader.Fail("kind", "is missing");
 
   AttentionAdapter adapter;
@@ -62,6 +83,7 @@ AttentionAdapter ParseDescription(const Weights& weights, const TransformerConfi
       reader.Choice("map", BlockMapKind::kTopK,
                     {{"topk", BlockMapKind::kTopK}, {"window", BlockMapKind::kWindow}});
   adapter.map.topk = reader.Double({"topk"}, adapter.map.topk, 1e-6, 1.0);
+  adapter.layer_topk = ParseLayerTopK(reader, adapter.map.topk, config);
   adapter.map.negligible = reader.Double({"negligible"}, adapter.map.negligible, 0.0, 0.999999);
   const auto block = [&](const char* key, int fallback) {
     const int size = reader.Int({key}, fallback, 16, 256);

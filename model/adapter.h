@@ -15,6 +15,9 @@
 
 namespace slalom {
 
+// Values of topk that are one but for rounding.
+constexpr double kSameTopK = 1e-9;
+
 // The linear branch of one transformer block; host tensors in the stored type. An undefined
 // proj_weight means that this layer dropped its linear branch.
 struct AdapterLayer {
@@ -33,8 +36,9 @@ struct LoraPair {
 
 // One safetensors file whose __metadata__ holds a JSON object under "slalom.attention" with the
 // keys kind, topk, negligible, scope, feature_map, block_q, block_k, map, gate, dropped_layers,
-// tile ([frames, rows, columns]: the order of the tokens; raster when it is absent).
-// Tensor names (N a block):
+// tile ([frames, rows, columns]: the order of the tokens; raster when it is absent), layer_topk
+// (each layer's own topk, of which topk is the mean; topk in every layer when it is absent). Tensor
+// names (N a block):
 //   SLA    blocks.N.attn1.sla.proj_l.{weight,bias}, or as TurboDiffusion
 //          (blocks.N.self_attn.attn_op.local_attn.proj_l.*) and FastVideo
 //          (blocks.N.attn1.attn_impl.proj_l.*) write them
@@ -50,6 +54,7 @@ struct AttentionAdapter {
   FeatureMap feature_map = FeatureMap::kSoftmax;
   SaladGate gate = SaladGate::kToken;
   TokenTile tile;
+  std::vector<double> layer_topk;        // one per transformer block, or empty: map.topk in all
   std::vector<int> dropped_layers;       // ascending
   std::vector<AdapterLayer> layers;      // one per transformer block
   std::map<std::string, LoraPair> lora;  // by the Linear's name: "blocks.0.attn1.to_q"

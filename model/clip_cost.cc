@@ -48,7 +48,7 @@ std::int64_t SparseBytes(const TransformerConfig& config, const AttentionSetting
   const std::int64_t nq = Blocks(tokens, attention.map.block_q);
   const std::int64_t nk = Blocks(tokens, attention.map.block_k);
   const std::int64_t all_rows = samples * tokens * dim * 2;  // of one tensor in bf16
-  const std::int64_t critical = CriticalBlocks(attention.map.topk, nk);
+  const std::int64_t critical = CriticalBlocks(attention.LargestTopK(), nk);
   const bool scored = attention.map.kind == BlockMapKind::kTopK;
   // Classes, lists, and the means that were scored.
   const std::int64_t map =

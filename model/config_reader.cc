@@ -97,15 +97,21 @@ std::vector<bool> ConfigReader::Bools(const char* key, const std::vector<bool>& 
   return result;
 }
 
-std::vector<float> ConfigReader::Floats(const char* key, const std::vector<float>& fallback) const {
+std::vector<double> ConfigReader::Doubles(const char* key) const {
   const json* value = List(key);
-  if (value == nullptr) return fallback;
-  std::vector<float> result;
+  std::vector<double> result;
+  if (value == nullptr) return result;
   for (const json& item : *value) {
     if (!item.is_number()) Fail(key, "holds " + item.dump() + ", expected numbers");
-    result.push_back(item.get<float>());
+    result.push_back(item.get<double>());
   }
   return result;
+}
+
+std::vector<float> ConfigReader::Floats(const char* key, const std::vector<float>& fallback) const {
+  if (List(key) == nullptr) return fallback;
+  const std::vector<double> numbers = Doubles(key);
+  return {numbers.begin(), numbers.end()};
 }
 
 void ConfigReader::Require(const char* key, std::initializer_list<json> allowed) const {

@@ -36,6 +36,7 @@ class ConfigReader {
   std::string String(Keys keys, const std::string& fallback) const;
   std::vector<int> Ints(const char* key, const std::vector<int>& fallback, int min, int max) const;
   std::vector<bool> Bools(const char* key, const std::vector<bool>& fallback) const;
+  std::vector<double> Doubles(const char* key) const;  // empty when it is absent
   std::vector<float> Floats(const char* key, const std::vector<float>& fallback) const;
 
   // The value that goes with the string at `key`; `fallback` when the key is absent.

@@ -1,5 +1,6 @@
 #include "model/transformer.h"
 
+#include <cmath>
 #include <map>
 #include <string>
 #include <utility>
@@ -128,7 +129,11 @@ AttentionSetting Transformer::Setting(AttentionKind kind, double topk) const {
                                 .feature_map = adapter.feature_map,
                                 .gate = adapter.gate,
                                 .tile = adapter.tile};
-    if (topk > 0) setting.map.topk = topk;
+    if (topk > 0 && std::abs(topk - adapter.map.topk) > kSameTopK) {
+      setting.map.topk = topk;
+    } else {
+      setting.layer_topk = adapter.layer_topk;
+    }
     return setting;
   }
   throw Error(ErrorCode::kFailedPrecondition, "this model has no adapter for that attention");
@@ -189,6 +194,7 @@ void Transformer::Forward(Backend& backend, const Args& args) const {
     BlockContext context = {.modulation = time.modulation,
                             .rope = args.rope,
                             .attention = args.attention,
+                            .map = args.attention->MapOf(i),
                             .mass_sample = args.mass_sample};
     for (const TextContext* text : args.text) context.text.push_back(&text->blocks[i]);
     if (args.pair_counters.defined()) {

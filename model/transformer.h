@@ -39,8 +39,8 @@ class Transformer {
   // filled up with zeros to text_len in front of the text MLP, and attended to: so it was trained.
   TextContext PrepareText(Backend& backend, const Tensor& embeddings) const;
 
-  // How `kind` runs here: its adapter's setting, with `topk` instead of the adapter's when it is
-  // positive. Throws Error(kFailedPrecondition) when there is no such adapter.
+  // How `kind` runs here: its adapter's setting, with `topk` in every layer instead of the adapter's
+  // when it is positive and another. Throws Error(kFailedPrecondition) when there is no such adapter.
   AttentionSetting Setting(AttentionKind kind, double topk = 0) const;
 
   struct Args {

@@ -198,7 +198,7 @@ Tensor TransformerBlock::Attend(Backend& backend, const BlockContext& context, c
     backend.Linear({.x = u, .weight = linear.weight, .bias = linear.bias, .out = out});
     return out;
   };
-  const BlockMapOptions& map = context.attention->map;
+  const BlockMapOptions& map = context.map;
   const bool pooled = layer.kind != AttentionKind::kDense && map.kind == BlockMapKind::kTopK;
   // Returns the rotated heads; `normed` receives what they were before, `means` those of blocks of
   // `pool` tokens, each where it is wanted.
@@ -249,7 +249,7 @@ void TransformerBlock::AttendSparsely(Backend& backend, const BlockContext& cont
   const BlockMap map = backend.MakeBlockMap({.q = heads.q,
                                              .k = heads.k,
                                              .grid = context.rope->grid,
-                                             .options = setting.map,
+                                             .options = context.map,
                                              .q_means = heads.q_means,
                                              .k_means = heads.k_means});
   if (context.pair_counter.defined()) backend.CountPairs(map, context.pair_counter);
@@ -280,7 +280,7 @@ void TransformerBlock::AttendSparsely(Backend& backend, const BlockContext& cont
                           .sin = context.rope->sin,
                           .x = u,
                           .map = &map,
-                          .map_kind = setting.map.kind,
+                          .map_kind = context.map.kind,
                           .grid = context.rope->grid,
                           .gate = setting.gate,
                           .proj_weight = layer.proj_weight,

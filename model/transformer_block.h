@@ -1,6 +1,8 @@
 // One block of Wan's diffusion transformer: self-attention, cross-attention to the text, MLP.
 #pragma once
 
+#include <algorithm>
+#include <cstddef>
 #include <cstdint>
 #include <span>
 #include <string>
@@ -21,10 +23,20 @@ struct AttentionSetting {
   AttentionKind kind = AttentionKind::kDense;
   // The rest is the adapter's, unused when dense.
   BlockMapOptions map;
+  std::vector<double> layer_topk;  // each block's own topk; empty: the map's in all
   LinearScope scope = LinearScope::kMarginal;
   FeatureMap feature_map = FeatureMap::kSoftmax;
   SaladGate gate = SaladGate::kToken;
   TokenTile tile;  // RopeTables of a forward pass have to be made for it
+
+  BlockMapOptions MapOf(std::size_t block) const {
+    BlockMapOptions own = map;
+    if (!layer_topk.empty()) own.topk = layer_topk.at(block);
+    return own;
+  }
+  double LargestTopK() const {
+    return layer_topk.empty() ? map.topk : *std::ranges::max_element(layer_topk);
+  }
 };
 
 struct LinearWeights {
@@ -45,6 +57,7 @@ struct BlockContext {
   const RopeTables* rope = nullptr;
   std::vector<const TextKeysValues*> text;  // one per sample, this block's
   const AttentionSetting* attention = nullptr;
+  BlockMapOptions map;  // of this block
   // Sparse attention only, both optional.
   Tensor pair_counter;  // [2] i64, see Backend::CountPairs
   Tensor mass_kept;     // [1] f32, see Backend::AttentionMassKept

@@ -137,6 +137,20 @@ TEST_F(AdapterTest, ReadsTheOrderOfTokens) {
   ExpectInvalid(R"({"kind": "sla", "tile": [4, 4, 4], "map": "window"})", {"tile", "windows"});
 }
 
+TEST_F(AdapterTest, LayersMayHaveTheirOwnTopK) {
+  EXPECT_TRUE(Load(SlaTensors(kOurs, {0, 1, 2}), R"({"kind": "sla"})").layer_topk.empty());
+  const AttentionAdapter adapter =
+      Load(SlaTensors(kOurs, {0, 1, 2}),
+           R"({"kind": "sla", "topk": 0.2, "layer_topk": [0.1, 0.3, 0.2]})");
+  EXPECT_EQ(adapter.layer_topk, (std::vector<double>{0.1, 0.3, 0.2}));
+  EXPECT_DOUBLE_EQ(adapter.NominalSparsity(), 0.8);
+  ExpectInvalid(R"({"kind": "sla", "topk": 0.2, "layer_topk": [0.1, 0.3]})",
+                {"2 values", "3 layers"});
+  ExpectInvalid(R"({"kind": "sla", "topk": 0.2, "layer_topk": [0.0, 0.4, 0.2]})", {"layer_topk"});
+  ExpectInvalid(R"({"kind": "sla", "topk": 0.3, "layer_topk": [0.1, 0.3, 0.2]})", {"mean"});
+  ExpectInvalid(R"({"kind": "sla", "layer_topk": ["a", 0.3, 0.2]})", {"numbers"});
+}
+
 TEST_F(AdapterTest, RefusesBadDescriptions) {
   ExpectInvalid("{}", {"kind", "missing"});
   ExpectInvalid(R"({"kind": "vsa"})", {"kind", "vsa", "sla, salad"});

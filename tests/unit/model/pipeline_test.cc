@@ -294,6 +294,36 @@ TEST_F(PipelineTest, ATrainedAdapterIsUsed) {
   EXPECT_EQ(run(std::nullopt).second.attention, AttentionKind::kDense);
 }
 
+// What each layer really kept is counted; a request's topk goes for all of them.
+TEST_F(PipelineTest, LayersKeepTheirOwnShares) {
+  TempFolder folder;
+  WriteTinyModel(folder.path());
+  std::filesystem::create_directories(folder / "attention");
+  WriteSafetensors(folder / "attention/sla.safetensors", {},
+                   {{"slalom.attention", R"({"kind": "sla", "topk": 0.5, "layer_topk": [0.25, 0.75],
+                      "block_q": 16, "block_k": 16, "dropped_layers": [0, 1]})"}});
+  PipelineOptions options;
+  options.dtype = "f32";
+  const auto pipeline = LoadPipeline(folder.path(), options);
+  const auto layers = [&](std::optional<double> topk) {
+    ClipRequest request = Request("a red ball", 3);
+    request.width = request.height = 128;
+    request.attention = AttentionKind::kSla;
+    request.topk = topk;
+    const auto clip = pipeline->Begin(pipeline->Resolve(request));
+    Generation* one = clip.get();
+    EXPECT_TRUE(pipeline->DenoiseStep({&one, 1}).empty());
+    return clip->statistics().layer_sparsity;
+  };
+  const auto own = layers(std::nullopt);
+  ASSERT_EQ(own.size(), 2u);
+  EXPECT_NEAR(own[0], 0.75, 0.05);
+  EXPECT_NEAR(own[1], 0.25, 0.05);
+  const auto same = layers(0.25);
+  EXPECT_NEAR(same[0], 0.75, 0.05);
+  EXPECT_NEAR(same[1], 0.75, 0.05);
+}
+
 TEST_F(PipelineTest, StatisticsAndEstimates) {
   const ClipSpec spec = pipeline_->Resolve(Request("a clip that is measured", 3));
   const auto clip = pipeline_->Begin(spec);
