@@ -29,6 +29,8 @@ namespace {
 constexpr int kMaxRequestBytes = 4 << 20;
 // How long clients may read on after the last job is done.
 constexpr auto kFlushTime = std::chrono::seconds(5);
+// And in a hurry: those that listen hear why their job has ended.
+constexpr auto kHurriedFlushTime = std::chrono::seconds(2);
 constexpr const char* kCostNote = "costs";
 constexpr int kTicksPerCostNote = 60;
 constexpr auto kPollTime = std::chrono::milliseconds(100);
@@ -138,8 +140,7 @@ class Server::Impl {
       // Frames that the devices have made may still be waiting for their encoders.
       clean = SettleUntil(deadline, hurry) && clean;
     }
-    grpc_->Shutdown(std::chrono::system_clock::now() +
-                    (hurry() ? decltype(kFlushTime)::zero() : kFlushTime));
+    grpc_->Shutdown(std::chrono::system_clock::now() + (hurry() ? kHurriedFlushTime : kFlushTime));
     return clean || archive_.durable();
   }
 
