@@ -18,41 +18,87 @@ std::int64_t Blocks(std::int64_t length, std::int64_t block) {
   return (length + block - 1) / block;
 }
 
+// What is to be pooled; `x` undefined: nothing.
+struct Pooling {
+  Tensor x;
+  int block = 0;
+  Tensor means;
+};
+
 constexpr int kPoolLanes = 32;  // that share a row
 constexpr int kPoolRows = 8;    // that are read at once
 constexpr int kPoolThreads = kPoolLanes * kPoolRows;
+constexpr int kPoolAtOnce = 8;  // loads of a thread that are under way together
 
-// x [B, L, width] -> means [B, N, width]: one block of threads per block of rows and
-// kPoolLanes * kWidth columns. Grid (N, pieces of the width, B).
+// One tensor's part of a launch.
+template <typename T>
+struct PoolJob {
+  const T* x;  // [B, L, width]
+  int block;
+  int blocks;    // of rows
+  float* means;  // [B, blocks, width]
+};
+
+// Adds `rows` rows, in order, to `sum`.
+template <typename T, int kWidth>
+__device__ inline void AddRows(const T* from, int rows, std::int64_t stride, float (&sum)[kWidth]) {
+  if constexpr (kWidth == 8) {
+    for (int done = 0; done < rows; done += kPoolAtOnce) {
+      Packed8<T> packed[kPoolAtOnce];
+#pragma unroll
+      for (int i = 0; i < kPoolAtOnce; ++i) {
+        if (done + i < rows) packed[i].Load(from + (done + i) * stride);
+      }
+#pragma unroll
+      for (int i = 0; i < kPoolAtOnce; ++i) {
+        if (done + i >= rows) break;
+        float v[kWidth];
+        packed[i].Unpack(v);
+#pragma unroll
+        for (int j = 0; j < kWidth; ++j) sum[j] += v[j];
+      }
+    }
+  } else {
+    static_assert(kWidth == 1);
+#pragma unroll 4
+    for (int i = 0; i < rows; ++i) sum[0] += ToFloat(from[i * stride]);
+  }
+}
+
+// One block of threads per block of rows and kPoolLanes * kWidth columns; those of one block of
+// rows are neighbours. Grid (pieces of the width times both jobs' blocks, B).
 template <typename T, int kWidth>
 __global__ void __launch_bounds__(kPoolThreads)
-    PoolKernel(const T* x, std::int64_t length, int width, int block, float* means) {
+    PoolKernel(PoolJob<T> job, const PoolJob<T> second, std::int64_t length, int width) {
   constexpr int kColumns = kPoolLanes * kWidth;
   __shared__ __align__(16) float sums[kPoolRows][kColumns];
-  const std::int64_t first = static_cast<std::int64_t>(blockIdx.x) * block;
-  const std::int64_t end = min(first + block, length);
-  const std::int64_t sample = blockIdx.z;
+  const int pieces = (width + kColumns - 1) / kColumns;
+  int index = static_cast<int>(blockIdx.x) / pieces;
+  const int first_column = static_cast<int>(blockIdx.x) % pieces * kColumns;
+  if (index >= job.blocks) {
+    index -= job.blocks;
+    job = second;
+  }
+  const std::int64_t first = std::int64_t{index} * job.block;
+  const std::int64_t end = min(first + job.block, length);
+  const std::int64_t sample = blockIdx.y;
   const int lane = threadIdx.x % kPoolLanes;
   const int own = threadIdx.x / kPoolLanes;
-  const int column = blockIdx.y * kColumns + lane * kWidth;
+  const int column = first_column + lane * kWidth;
   float sum[kWidth] = {};
   if (column < width) {
-#pragma unroll 8
-    for (std::int64_t row = first + own; row < end; row += kPoolRows) {
-      float v[kWidth];
-      LoadFloats<kWidth>(x + (sample * length + row) * width + column, v);
-#pragma unroll
-      for (int j = 0; j < kWidth; ++j) sum[j] += v[j];
-    }
+    const int rows = static_cast<int>(end - first - own + kPoolRows - 1) / kPoolRows;
+    AddRows(job.x + (sample * length + first + own) * width + column, rows,
+            std::int64_t{kPoolRows} * width, sum);
   }
   StoreFloats<kWidth>(&sums[own][lane * kWidth], sum);
   __syncthreads();
-  const int target = blockIdx.y * kColumns + threadIdx.x;
+  const int target = first_column + threadIdx.x;
   if (threadIdx.x >= kColumns || target >= width) return;
   float total = 0.0f;
 #pragma unroll
   for (int i = 0; i < kPoolRows; ++i) total += sums[i][threadIdx.x];
-  means[(sample * gridDim.x + blockIdx.x) * width + target] =
+  job.means[(sample * job.blocks + index) * width + target] =
       total / static_cast<float>(end - first);
 }
 
@@ -119,30 +165,56 @@ __global__ void __launch_bounds__(256) CountKernel(const std::int32_t* counts, s
   }
 }
 
+// One or two tensors of the same shape.
 template <typename T>
-void RunPool(const Context& context, const Tensor& x, int block, const Tensor& means) {
-  const auto length = x.dim(1);
-  const int width = static_cast<int>(means.dim(2));
-  const bool vectors = width % 8 == 0 && reinterpret_cast<std::uintptr_t>(x.raw()) % 16 == 0;
-  const int columns = kPoolLanes * (vectors ? 8 : 1);
-  const dim3 grid(static_cast<unsigned>(means.dim(1)),
-                  static_cast<unsigned>(Blocks(width, columns)), static_cast<unsigned>(x.dim(0)));
+void RunPool(const Context& context, const Pooling& first, const Pooling& second) {
+  const auto job = [](const Pooling& pooling) {
+    if (!pooling.x.defined()) return PoolJob<T>{};
+    return PoolJob<T>{pooling.x.data<T>(), pooling.block, static_cast<int>(pooling.means.dim(1)),
+                      pooling.means.data<float>()};
+  };
+  const auto aligned = [](const Pooling& pooling) {
+    return !pooling.x.defined() || reinterpret_cast<std::uintptr_t>(pooling.x.raw()) % 16 == 0;
+  };
+  const PoolJob<T> jobs[] = {job(first), job(second)};
+  const auto length = first.x.dim(1);
+  const int width = static_cast<int>(first.means.dim(2));
+  const bool vectors = width % 8 == 0 && aligned(first) && aligned(second);
+  const std::int64_t pieces = Blocks(width, kPoolLanes * (vectors ? 8 : 1));
+  const dim3 grid(static_cast<unsigned>(pieces * (jobs[0].blocks + jobs[1].blocks)),
+                  static_cast<unsigned>(first.x.dim(0)));
   const auto kernel = vectors ? PoolKernel<T, 8> : PoolKernel<T, 1>;
-  kernel<<<grid, kPoolThreads, 0, context.stream>>>(x.data<T>(), length, width, block,
-                                                    means.data<float>());
+  kernel<<<grid, kPoolThreads, 0, context.stream>>>(jobs[0], jobs[1], length, width);
   CheckLaunch("MakeBlockMap: pooling");
 }
 
-// `means` where it is defined, else the means of x's blocks.
-Tensor Pool(const Context& context, const Tensor& x, int block, const Tensor& means) {
+void Pool(const Context& context, const Pooling& first, const Pooling& second) {
+  first.x.dtype() == DType::kBF16 ? RunPool<bf16>(context, first, second)
+                                  : RunPool<float>(context, first, second);
+}
+
+// The given `means` of x's blocks, or memory for them.
+Pooling MakePooling(const Context& context, const Tensor& x, int block, const Tensor& means) {
   const Shape shape{x.dim(0), Blocks(x.dim(1), block), x.dim(2) * x.dim(3)};
-  if (means.defined()) {
-    RequireTensor(means, shape, DType::kF32, "MakeBlockMap: means");
-    return means;
+  if (!means.defined()) return {x, block, context.Allocate(shape, DType::kF32)};
+  RequireTensor(means, shape, DType::kF32, "MakeBlockMap: means");
+  return {Tensor(), block, means};
+}
+
+struct Means {
+  Tensor q, k;
+};
+
+// The means that are not given, in one launch.
+Means PoolQueriesAndKeys(const Context& context, const BlockMapArgs& args) {
+  const Pooling q = MakePooling(context, args.q, args.options.block_q, args.q_means);
+  const Pooling k = MakePooling(context, args.k, args.options.block_k, args.k_means);
+  if (q.x.defined()) {
+    Pool(context, q, k);
+  } else if (k.x.defined()) {
+    Pool(context, k, {});
   }
-  const Tensor pooled = context.Allocate(shape, DType::kF32);
-  PoolBlocks(context, x, block, pooled);
-  return pooled;
+  return {q.means, k.means};
 }
 
 // [B, H, Nq, Nk] f32: scores of pooled queries and keys.
@@ -208,8 +280,7 @@ void Classify(const Context& context, const Tensor& scores, std::int64_t negligi
 }  // namespace
 
 void PoolBlocks(const Context& context, const Tensor& x, int block, const Tensor& means) {
-  x.dtype() == DType::kBF16 ? RunPool<bf16>(context, x, block, means)
-                            : RunPool<float>(context, x, block, means);
+  Pool(context, {x, block, means}, {});
 }
 
 BlockMap MakeBlockMap(const Context& context, const BlockMapArgs& args) {
@@ -250,12 +321,11 @@ BlockMap MakeBlockMap(const Context& context, const BlockMapArgs& args, RankWay 
     CheckLaunch("MakeBlockMap: windows");
     FillLists(context, map);
   } else {
-    const Tensor q = Pool(context, args.q, options.block_q, args.q_means);
-    const Tensor k = Pool(context, args.k, options.block_k, args.k_means);
+    const Means means = PoolQueriesAndKeys(context, args);
     if (way == RankWay::kOwn) {
-      ScoreAndRank(context, q, k, heads, negligible, map);
+      ScoreAndRank(context, means.q, means.k, heads, negligible, map);
     } else {
-      Classify(context, PooledScores(context, q, k, heads), negligible, map);
+      Classify(context, PooledScores(context, means.q, means.k, heads), negligible, map);
     }
   }
   return map;

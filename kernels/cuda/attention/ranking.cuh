@@ -61,24 +61,26 @@ struct Selection {
   int ties = 0;
 };
 
-// How many keys of the row are at least a, and at least b, which are not 0.
-template <int kPerLane>
-__device__ inline int2 CountAtLeast(const RowKeys<kPerLane>& row, std::uint32_t a,
-                                    std::uint32_t b) {
-  int above_a = 0, above_b = 0;
+// reached[i] = how many keys of the row are at least least[i], which is not 0.
+template <int kPerLane, int kCount>
+__device__ inline void CountAtLeast(const RowKeys<kPerLane>& row,
+                                    const std::uint32_t (&least)[kCount], int (&reached)[kCount]) {
+#pragma unroll
+  for (int c = 0; c < kCount; ++c) reached[c] = 0;
 #pragma unroll
   for (int i = 0; i < row.rounds(); ++i) {
-    above_a += row.Key(i) >= a;
-    above_b += row.Key(i) >= b;
+#pragma unroll
+    for (int c = 0; c < kCount; ++c) reached[c] += row.Key(i) >= least[c];
   }
-  return make_int2(__reduce_add_sync(kFullWarp, above_a), __reduce_add_sync(kFullWarp, above_b));
+#pragma unroll
+  for (int c = 0; c < kCount; ++c) reached[c] = __reduce_add_sync(kFullWarp, reached[c]);
 }
 
 // Where to look for a score that exactly `wanted` reach: more reach `low`, fewer reach `high`.
 struct Bracket {
-  int wanted;
-  float low, high;
-  int at_low, at_high = 0;
+  int wanted = 0;
+  float low = 0.0f, high = 0.0f;
+  int at_low = 0, at_high = 0;
   float guess = low;
   bool found = at_low == wanted;
 
@@ -86,7 +88,8 @@ struct Bracket {
   // from the middle, because it is not. Seven or eight rounds for 512 normal scores.
   __device__ void Guess(int round) {
     if (found) return;
-    const float share = static_cast<float>(at_low - wanted) / static_cast<float>(at_low - at_high);
+    const float share =
+        __fdividef(static_cast<float>(at_low - wanted), static_cast<float>(at_low - at_high));
     const bool linear = round >= 6 && round % 2 == 0;
     guess = low + (high - low) * (linear ? share : 0.25f + 0.5f * share);
   }
@@ -97,88 +100,133 @@ struct Bracket {
   }
 };
 
-// Looks for keys that exactly as many scores reach as are wanted, in fewer rounds than bits take.
-// False where ties, or infinite scores, leave none.
-template <int kPerLane>
-__device__ inline bool Guess(const RowKeys<kPerLane>& row, Selection& first, Selection& second) {
+// Looks for keys that exactly as many scores reach as are wanted, in fewer rounds than bits take,
+// and leaves the ones below. False where ties, or infinite scores, leave none.
+template <int kPerLane, int kCount>
+__device__ inline bool Guess(const RowKeys<kPerLane>& row, Selection (&selections)[kCount]) {
   constexpr int kGuesses = 16;
   std::uint32_t smallest = 0xffffffffu, largest = 0;
 #pragma unroll
   for (int i = 0; i < row.rounds(); ++i) {
     const std::uint32_t key = row.Key(i);
-    smallest = min(smallest, key == 0 ? 0xffffffffu : key);
+    smallest = min(smallest, key - 1);  // 0, which is no score's, comes last
     largest = max(largest, key);
   }
-  const float low = ScoreOf(__reduce_min_sync(kFullWarp, smallest));
+  const float low = ScoreOf(__reduce_min_sync(kFullWarp, smallest) + 1);
   const float high = ScoreOf(__reduce_max_sync(kFullWarp, largest));
   if (!isfinite(high - low)) return false;
-  Bracket a{first.wanted, low, high, row.count}, b{second.wanted, low, high, row.count};
+  Bracket brackets[kCount];
+#pragma unroll
+  for (int c = 0; c < kCount; ++c) brackets[c] = {selections[c].wanted, low, high, row.count};
+  bool found = false;
 #pragma unroll 1
-  for (int i = 0; i < kGuesses && !(a.found && b.found); ++i) {
-    a.Guess(i);
-    b.Guess(i);
-    const int2 reached = CountAtLeast(row, SortKey(a.guess), SortKey(b.guess));
-    a.Narrow(reached.x);
-    b.Narrow(reached.y);
+  for (int round = 0; round < kGuesses && !found; ++round) {
+    std::uint32_t least[kCount];
+    int reached[kCount];
+#pragma unroll
+    for (int c = 0; c < kCount; ++c) {
+      brackets[c].Guess(round);
+      least[c] = SortKey(brackets[c].guess);
+      selections[c].key = least[c] - 1;
+    }
+    CountAtLeast(row, least, reached);
+    found = true;
+#pragma unroll
+    for (int c = 0; c < kCount; ++c) {
+      brackets[c].Narrow(reached[c]);
+      found = found && brackets[c].found;
+    }
   }
-  first.key = SortKey(a.guess);
-  second.key = SortKey(b.guess);
-  return a.found && b.found;
+  return found;
 }
 
 // The largest key that at least `wanted` scores reach, bit by bit.
-template <int kPerLane>
-__device__ inline void Bisect(const RowKeys<kPerLane>& row, Selection& first, Selection& second) {
-  first.key = second.key = 0;
+template <int kPerLane, int kCount>
+__device__ inline void Bisect(const RowKeys<kPerLane>& row, Selection (&selections)[kCount]) {
+  std::uint32_t keys[kCount];
+  int reached[kCount];
+#pragma unroll
+  for (int c = 0; c < kCount; ++c) selections[c].key = 0;
 #pragma unroll 1
   for (int bit = 31; bit >= 0; --bit) {
-    const std::uint32_t a = first.key | 1u << bit, b = second.key | 1u << bit;
-    const int2 reached = CountAtLeast(row, a, b);
-    if (reached.x >= first.wanted) first.key = a;
-    if (reached.y >= second.wanted) second.key = b;
+#pragma unroll
+    for (int c = 0; c < kCount; ++c) keys[c] = selections[c].key | 1u << bit;
+    CountAtLeast(row, keys, reached);
+#pragma unroll
+    for (int c = 0; c < kCount; ++c) {
+      if (reached[c] >= selections[c].wanted) selections[c].key = keys[c];
+    }
+  }
+  // No score's key is the largest number: key + 1 does not wrap.
+#pragma unroll
+  for (int c = 0; c < kCount; ++c) keys[c] = selections[c].key + 1;
+  CountAtLeast(row, keys, reached);
+#pragma unroll
+  for (int c = 0; c < kCount; ++c) selections[c].ties = selections[c].wanted - reached[c];
+}
+
+// Which of the row's scores are within a selection, round after round of lanes.
+template <bool kTies>
+struct Members {
+  Selection selection;
+  int ties = 0;  // seen in earlier rounds
+
+  __device__ bool Next(std::uint32_t key) {
+    bool within = key > selection.key;
+    if constexpr (kTies) {
+      const unsigned equal = __ballot_sync(kFullWarp, key != 0 && key == selection.key);
+      const unsigned before = equal & ((1u << threadIdx.x % 32) - 1);
+      within = within || (key == selection.key && ties + __popc(before) < selection.ties);
+      ties += __popc(equal);
+    }
+    return within;
+  }
+};
+
+// With kCount 1 nothing is negligible.
+template <int kPerLane, bool kTies, int kCount>
+__device__ inline void WriteClasses(const RowKeys<kPerLane>& row,
+                                    const Selection (&selections)[kCount], std::uint8_t* classes,
+                                    std::int32_t* list) {
+  const int lane = threadIdx.x % 32;
+  Members<kTies> best{selections[0]}, kept{selections[kCount - 1]};
+#pragma unroll
+  for (int i = 0; i < row.rounds(); ++i) {
+    const int j = i * 32 + lane;
+    const std::uint32_t key = row.Key(i);
+    const bool is_best = best.Next(key);
+    const bool is_kept = kCount == 1 || kept.Next(key);
+    const unsigned mask = __ballot_sync(kFullWarp, is_best);
+    if (j < row.count) {
+      classes[j] = is_best ? kCriticalByte : is_kept ? kMarginalByte : kNegligibleByte;
+    }
+    if (is_best) list[__popc(mask & ((1u << lane) - 1))] = j;
+    list += __popc(mask);
   }
 }
 
-template <int kPerLane>
-__device__ inline void Select(const RowKeys<kPerLane>& row, Selection& first, Selection& second) {
-  if (!Guess(row, first, second)) Bisect(row, first, second);
-  // No score's key is the largest number: key + 1 does not wrap.
-  const int2 above = CountAtLeast(row, first.key + 1, second.key + 1);
-  first.ties = first.wanted - above.x;
-  second.ties = second.wanted - above.y;
+template <int kPerLane, int kCount>
+__device__ inline void SelectAndWrite(const RowKeys<kPerLane>& row, Selection (&selections)[kCount],
+                                      std::uint8_t* classes, std::int32_t* list) {
+  if (Guess(row, selections)) {
+    WriteClasses<kPerLane, false>(row, selections, classes, list);
+  } else {
+    Bisect(row, selections);
+    WriteClasses<kPerLane, true>(row, selections, classes, list);
+  }
 }
 
 // `classes` and `list` are the row's.
 template <int kPerLane>
 __device__ inline void ClassifyRow(const float* scores, int count, int critical, int negligible,
                                    std::uint8_t* classes, std::int32_t* list) {
-  const int lane = threadIdx.x % 32;
-  const unsigned before = (1u << lane) - 1;
   const RowKeys<kPerLane> row(scores, count);
-  Selection best{critical}, kept{count - negligible};
-  Select(row, best, kept);
-  int best_ties = 0, kept_ties = 0, listed = 0;
-#pragma unroll
-  for (int i = 0; i < row.rounds(); ++i) {
-    const int j = i * 32 + lane;
-    const std::uint32_t key = row.Key(i);
-    const unsigned best_equal = __ballot_sync(kFullWarp, j < count && key == best.key);
-    const unsigned kept_equal = __ballot_sync(kFullWarp, j < count && key == kept.key);
-    const auto within = [&](const Selection& selection, unsigned equal, int ties) {
-      return key > selection.key ||
-             (key == selection.key && ties + __popc(equal & before) < selection.ties);
-    };
-    const bool is_best = j < count && within(best, best_equal, best_ties);
-    const unsigned best_mask = __ballot_sync(kFullWarp, is_best);
-    if (j < count) {
-      classes[j] = is_best                               ? kCriticalByte
-                   : within(kept, kept_equal, kept_ties) ? kMarginalByte
-                                                         : kNegligibleByte;
-    }
-    if (is_best) list[listed + __popc(best_mask & before)] = j;
-    best_ties += __popc(best_equal);
-    kept_ties += __popc(kept_equal);
-    listed += __popc(best_mask);
+  if (negligible == 0) {
+    Selection selections[] = {{critical}};
+    SelectAndWrite(row, selections, classes, list);
+  } else {
+    Selection selections[] = {{critical}, {count - negligible}};
+    SelectAndWrite(row, selections, classes, list);
   }
 }
 
