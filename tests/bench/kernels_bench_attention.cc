@@ -81,6 +81,15 @@ BlockMapArgs MapArgs(const SparseCase& c, const Tensor& q, const Tensor& k) {
   return args;
 }
 
+// The same with the means that a network has of its norms.
+BlockMapArgs MapArgsWithMeans(Bench& bench, const SparseCase& c, const BlockMapArgs& args) {
+  const std::int64_t width = c.heads * kHeadSize;
+  BlockMapArgs from_means = args;
+  from_means.q_means = bench.Random({1, (c.tokens + c.block_q - 1) / c.block_q, width}, kF32);
+  from_means.k_means = bench.Random({1, c.KeyBlocks(), width}, kF32);
+  return from_means;
+}
+
 void BenchMap(Bench& bench, const SparseCase& c, const std::string& name) {
   if (!bench.Wanted(name)) return;
   const Tensor q = bench.Random(c.shape(), kBF16), k = bench.Random(c.shape(), kBF16);
@@ -90,10 +99,7 @@ void BenchMap(Bench& bench, const SparseCase& c, const std::string& name) {
   bench.Bytes(name + " by the library", 2.0 * q.NumBytes(), [&] {
     cuda::MakeBlockMap(bench.backend().context(), args, cuda::RankWay::kLibrary);
   });
-  const std::int64_t width = c.heads * kHeadSize;
-  BlockMapArgs from_means = args;
-  from_means.q_means = bench.Random({1, (c.tokens + c.block_q - 1) / c.block_q, width}, kF32);
-  from_means.k_means = bench.Random({1, c.KeyBlocks(), width}, kF32);
+  const BlockMapArgs from_means = MapArgsWithMeans(bench, c, args);
   bench.Bytes(name + " from means", from_means.q_means.NumBytes(),
               [&] { backend.MakeBlockMap(from_means); });
 }
@@ -126,12 +132,16 @@ void BenchSla(Bench& bench, const SparseCase& c, bool parts, const std::string& 
       cuda::SlaAttention(bench.backend().context(), args, cuda::SlaWay::kSeparate);
     });
   }
-  bench.Flops(name + ": with map", c.Flops(), [&] {
-    const BlockMap own = backend.MakeBlockMap(map_args);
-    SlaArgs with_map = args;
-    with_map.map = &own;
-    backend.SlaAttention(with_map);
-  });
+  const auto with_map = [&](const BlockMapArgs& own_args) {
+    const BlockMap own = backend.MakeBlockMap(own_args);
+    SlaArgs with_own = args;
+    with_own.map = &own;
+    backend.SlaAttention(with_own);
+  };
+  bench.Flops(name + ": with map", c.Flops(), [&] { with_map(map_args); });
+  if (!parts) return;
+  const BlockMapArgs from_means = MapArgsWithMeans(bench, c, map_args);
+  bench.Flops(name + ": with map from means", c.Flops(), [&] { with_map(from_means); });
 }
 
 // SALAD's layer between its projections: map, both branches, gate and mixing; and with `parts` less
@@ -161,12 +171,16 @@ void BenchSalad(Bench& bench, const SparseCase& c, bool parts, const std::string
       cuda::SaladAttention(bench.backend().context(), args, cuda::SaladWay::kPlain);
     });
   }
-  bench.Flops(name + ": with map", c.Flops(), [&] {
-    const BlockMap own = backend.MakeBlockMap(map_args);
-    SaladArgs with_map = args;
-    with_map.map = &own;
-    backend.SaladAttention(with_map);
-  });
+  const auto with_map = [&](const BlockMapArgs& own_args) {
+    const BlockMap own = backend.MakeBlockMap(own_args);
+    SaladArgs with_own = args;
+    with_own.map = &own;
+    backend.SaladAttention(with_own);
+  };
+  bench.Flops(name + ": with map", c.Flops(), [&] { with_map(map_args); });
+  if (!parts) return;
+  const BlockMapArgs from_means = MapArgsWithMeans(bench, c, map_args);
+  bench.Flops(name + ": with map from means", c.Flops(), [&] { with_map(from_means); });
 }
 
 // The linear branch alone, every head at once. Bytes: Q, K, V and out once.
