@@ -115,6 +115,22 @@ void BenchSparse(Bench& bench, const SparseCase& c, const std::string& name) {
   bench.Flops(name, c.Flops(), [&] { bench.backend().SlaAttention(args); });
 }
 
+// run(args) with a map made before it; and with `parts` with one from means that are there already.
+template <class Args, class Run>
+void BenchWithMap(Bench& bench, const SparseCase& c, const Args& args, const BlockMapArgs& map_args,
+                  bool parts, const std::string& name, const Run& run) {
+  const auto with_map = [&](const BlockMapArgs& own_args) {
+    const BlockMap own = bench.backend().MakeBlockMap(own_args);
+    Args with_own = args;
+    with_own.map = &own;
+    run(with_own);
+  };
+  bench.Flops(name + ": with map", c.Flops(), [&] { with_map(map_args); });
+  if (!parts) return;
+  const BlockMapArgs from_means = MapArgsWithMeans(bench, c, map_args);
+  bench.Flops(name + ": with map from means", c.Flops(), [&] { with_map(from_means); });
+}
+
 // Map, sparse and linear branch; and with `parts` less of them.
 void BenchSla(Bench& bench, const SparseCase& c, bool parts, const std::string& name) {
   if (!bench.Wanted(name)) return;
@@ -132,16 +148,8 @@ void BenchSla(Bench& bench, const SparseCase& c, bool parts, const std::string& 
       cuda::SlaAttention(bench.backend().context(), args, cuda::SlaWay::kSeparate);
     });
   }
-  const auto with_map = [&](const BlockMapArgs& own_args) {
-    const BlockMap own = backend.MakeBlockMap(own_args);
-    SlaArgs with_own = args;
-    with_own.map = &own;
-    backend.SlaAttention(with_own);
-  };
-  bench.Flops(name + ": with map", c.Flops(), [&] { with_map(map_args); });
-  if (!parts) return;
-  const BlockMapArgs from_means = MapArgsWithMeans(bench, c, map_args);
-  bench.Flops(name + ": with map from means", c.Flops(), [&] { with_map(from_means); });
+  BenchWithMap(bench, c, args, map_args, parts, name,
+               [&](const SlaArgs& with_map) { backend.SlaAttention(with_map); });
 }
 
 // SALAD's layer between its projections: map, both branches, gate and mixing; and with `parts` less
@@ -171,16 +179,8 @@ void BenchSalad(Bench& bench, const SparseCase& c, bool parts, const std::string
       cuda::SaladAttention(bench.backend().context(), args, cuda::SaladWay::kPlain);
     });
   }
-  const auto with_map = [&](const BlockMapArgs& own_args) {
-    const BlockMap own = backend.MakeBlockMap(own_args);
-    SaladArgs with_own = args;
-    with_own.map = &own;
-    backend.SaladAttention(with_own);
-  };
-  bench.Flops(name + ": with map", c.Flops(), [&] { with_map(map_args); });
-  if (!parts) return;
-  const BlockMapArgs from_means = MapArgsWithMeans(bench, c, map_args);
-  bench.Flops(name + ": with map from means", c.Flops(), [&] { with_map(from_means); });
+  BenchWithMap(bench, c, args, map_args, parts, name,
+               [&](const SaladArgs& with_map) { backend.SaladAttention(with_map); });
 }
 
 // The linear branch alone, every head at once. Bytes: Q, K, V and out once.
