@@ -1,15 +1,17 @@
 """The demo model's adapters, phase by phase: latents of rendered clips, SLA and SALAD, each against the dense model
 as its teacher, then the quality table.
 
-    python make_adapters.py --work /tmp/adapters --out out --minutes 9.5 --gpus 0 1
+    python make_adapters.py --work /tmp/adapters --out out --minutes 14 --gpus 0 1 --table 200 --tail 165 --start ../attention
 
-Ends within --minutes.  Called again with the same --work it goes on where it stopped, in the middle of a training
-too; exit status 0 says that everything is done, 3 that another call is needed.  --out gets attention/*.safetensors
-for the model folder, {sla,salad}/at-SHARE/attention/ (at shares of the steps, for the curves) and report.txt, after
-every call.  --table N adds what the quality table compares: SLA in tiles, and the linear branch alone; then N captions that
-training never saw are drawn with all of them, in PyTorch, from slalomd's noise, judged (tests/demo/quality.py), and --out
-gets table.md and, from fewer captions but more sparsities and steps, curves.md and its pictures.  --tiny makes everything very small and short, on a CPU too: a smoke run, whose adapters
-are good for nothing.
+Ends within --minutes.  Called again with the same --work it goes on where it stopped; exit status 0 says that everything
+is done, 3 that another call is needed.  Training ends by the clock (--adapter-minutes), --tail seconds before the end of
+the call at the latest; --start goes on from adapters that are there, if their ranks are those of KINDS.  --out gets
+attention/*.safetensors for the model folder, {sla,salad}/at-SHARE/attention/ (on the way) and report.txt, after every call.
+--table N adds the linear branch alone, trained for a shorter time, and draws N captions that training never saw with
+every kind, in PyTorch, from slalomd's noise; tests/demo/quality.py judges them as they come, and --out gets table.md (with
+--compare NAME=FILE more adapters in it), large.md (the second size) and, from fewer captions but more sparsities and
+steps, curves.md and its pictures.  --tiny makes everything very small and short, on a CPU too (TRITON_INTERPRET=1):
+a smoke run, whose adapters are good for nothing.
 """
 
 from __future__ import annotations

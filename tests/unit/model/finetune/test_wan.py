@@ -51,11 +51,11 @@ def test_adapters_are_the_released_code_in_diffusers(kind: str) -> None:
     assert torch.equal(run(model, inputs, adapted=False), dense)
 
 
-def trained(model: WanTransformer, options: AttentionOptions, rank: int) -> None:
+def trained(model: WanTransformer, options: AttentionOptions, rank: int, where: str = "self") -> None:
     """As if it had been trained: nothing in the adapter is zero."""
     model.adapt(options)
     if rank:
-        add_lora(model, rank, seed=3)
+        add_lora(model, rank, seed=3, where=where)
     generator = torch.Generator().manual_seed(4)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -71,11 +71,12 @@ def run_network() -> Path:
     return Path(named)
 
 
-@pytest.mark.parametrize("options,rank", [
+@pytest.mark.parametrize("options,rank", [  # a negative rank: LoRA on every layer that may have one
     (AttentionOptions(topk=0.3, block_q=16, block_k=16), 4),
     (AttentionOptions(topk=0.3, scope="all", feature_map="elu", block_q=16, block_k=32), 0),
     (AttentionOptions(topk=1.0, negligible=0.0), 2),
     (AttentionOptions(topk=0.3, block_q=16, block_k=16, tile=(2, 4, 4)), 0),
+    (AttentionOptions.for_kind("sla", layer_topk=(0.1, 0.5, 0.2, 0.6, 0.1), block_q=16, block_k=16), -4),
     (AttentionOptions.for_kind("salad", topk=0.3, block_q=16, block_k=16, tile=(2, 3, 4)), 0),
     (AttentionOptions.for_kind("salad", topk=0.3, block_q=16, block_k=16, dropped_layers=(1,)), 4),
     (AttentionOptions.for_kind("salad", topk=0.3, block_q=16, block_k=16, map="window", gate="sample"), 0),
@@ -83,7 +84,7 @@ def run_network() -> Path:
 def test_slalomd_gives_what_was_trained(options: AttentionOptions, rank: int, tmp_path: Path) -> None:
     program = run_network()
     model = WanTransformer.load(DEMO / "transformer")
-    trained(model, options, rank)
+    trained(model, options, abs(rank), "all" if rank < 0 else "self")
     for part in DEMO.iterdir():
         if part.is_dir() and part.name not in ("recipe", "attention"):
             shutil.copytree(part, tmp_path / part.name)
