@@ -149,24 +149,31 @@ def check_sources(root):
     return count, breaches
 
 
+def reading_flags(words):
+    """Of a command's words those that find and read headers, each with its value."""
+    flags, words = [], iter(words)
+    for word in words:
+        if word in ("-isystem", "-I", "-D"):
+            flags.append((word, next(words)))
+        elif word.startswith(("-I", "-D", "-std", "-f", "-m", "-W", "-isystem")):
+            flags.append((word,))
+    return flags
+
+
 def room_flags(commands):
     """Per folder with a compiled C++ source: compiler and the flags that find and read headers, of
-    the source that is given most."""
+    all its sources together."""
     flags = {}
     for entry in commands:
         if not entry["file"].endswith(".cc"):
             continue
         words = shlex.split(entry["command"]) if "command" in entry else list(entry["arguments"])
         words = [w for w in words if not w.endswith("ccache")]
-        kept, takes_next = [words[0]], False
-        for word in words[1:]:
-            if takes_next or word.startswith(("-I", "-D", "-std", "-f", "-m", "-W", "-isystem")):
-                kept.append(word)
-            takes_next = word in ("-isystem", "-I", "-D") and not takes_next
         folder = os.path.dirname(entry["file"])
-        if folder not in flags or len(kept) > len(flags[folder][0]):
-            flags[folder] = (kept, entry["directory"])
-    return flags
+        compiler, found, _ = flags.setdefault(folder, (words[0], {}, entry["directory"]))
+        found.update(dict.fromkeys(reading_flags(words[1:])))
+    return {folder: ([compiler, *(word for flag in found for word in flag)], directory)
+            for folder, (compiler, found, directory) in flags.items()}
 
 
 def compile_alone(header, flags, directory):

@@ -85,14 +85,12 @@ Tensor Rotate(Backend& backend, const Tensor& x, const RopeTables& rope) {
 
 // SLA forward on what the input file has.
 struct SlaForward {
-  Heads heads;
   std::unique_ptr<const BlockMap> map;  // of the arguments
   SlaArgs args;
 };
 
 SlaForward RunSlaForward(Backend& backend, const NetworkOptions& options,
-                         const NetworkInputs& inputs, bool save_lse) {
-  const Heads heads = ReadHeads(backend, inputs, options.dtype);
+                         const NetworkInputs& inputs, const Heads& heads, bool save_lse) {
   const Tensor weight = inputs.Get("proj_weight", DType::kF32, {heads.width, heads.width});
   const Tensor bias = inputs.Get("proj_bias", DType::kF32, {heads.width});
   auto map = std::make_unique<const BlockMap>(ReadOrMakeMap(
@@ -110,13 +108,14 @@ SlaForward RunSlaForward(Backend& backend, const NetworkOptions& options,
     args.lse = backend.Allocate({heads.batch, heads.heads, heads.length}, DType::kF32);
   }
   backend.SlaAttention(args);
-  return {heads, std::move(map), args};
+  return {std::move(map), args};
 }
 
 }  // namespace
 
 TensorMap RunSla(Backend& backend, const NetworkOptions& options, const NetworkInputs& inputs) {
-  const SlaForward forward = RunSlaForward(backend, options, inputs, false);
+  const Heads heads = ReadHeads(backend, inputs, options.dtype);
+  const SlaForward forward = RunSlaForward(backend, options, inputs, heads, false);
   return {{"o", SwapMiddle(Download(backend, forward.args.out))},
           {"map", Download(backend, forward.map->classes)},
           {"sparsity", Sparsity(backend, *forward.map)}};
@@ -124,10 +123,10 @@ TensorMap RunSla(Backend& backend, const NetworkOptions& options, const NetworkI
 
 TensorMap RunSlaBackward(Backend& backend, const NetworkOptions& options,
                          const NetworkInputs& inputs) {
-  const SlaForward forward = RunSlaForward(backend, options, inputs, true);
-  const Heads& heads = forward.heads;
+  const Heads heads = ReadHeads(backend, inputs, options.dtype);
   const Tensor slopes =
       inputs.Get("do", DType::kF32, {heads.batch, heads.heads, heads.length, heads.width});
+  const SlaForward forward = RunSlaForward(backend, options, inputs, heads, true);
   const auto like = [&](const Tensor& x) { return backend.Allocate(x.shape(), x.dtype()); };
   const SlaBackwardArgs args{.q = heads.q,
                              .k = heads.k,
