@@ -63,8 +63,9 @@ TINY = Sizes((ClipSet(32, 9, 4, 2, (0,), 2, 2), ClipSet(48, 13, 4, 2, (1,), 1, 1
 # frames, one row and eight columns, one block of keys holds 37 % of the dense model's softmax; 29 % in raster order, 31 %
 # in boxes of 4x4x4.
 TILE = ("--tile", "8,1,8")
-# Three of the five layers keep two blocks: 95.6 % sparse together.
-SLA = ("--attention", "sla", "--layer-topk", "0.05,0.056,0.056,0.056,0.05", "--negligible", 0.1, "--scope", "marginal")
+ONE_BLOCK, TWO_BLOCKS = 0.05, 0.056
+LAYERS = (ONE_BLOCK, TWO_BLOCKS, TWO_BLOCKS, TWO_BLOCKS, ONE_BLOCK)  # 95.6 % sparse together
+SLA = ("--attention", "sla", "--layer-topk", ",".join(map(str, LAYERS)), "--negligible", 0.1, "--scope", "marginal")
 SALAD = ("--attention", "salad", "--topk", 0.1)
 KINDS = {"sla": (*SLA, *TILE, "--rank", 64), "salad": (*SALAD, *TILE, "--rank", 40),
          "linear": ("--attention", "sla", "--topk", 0, "--scope", "all", "--rank", 64)}
@@ -76,6 +77,10 @@ SNAPSHOTS = (0.02, 0.1, 0.4)  # of the steps
 TRAINING = ("--train", "lora", "--lora-on", "all", "--loss", "teacher", "--block-loss", 0.25, "--guided-loss", 0.3, "--path-weights",
             "--trajectories", 0.75, "--noise-levels", "uniform", "--rate", 2e-3, "--base-rate", 1.5e-3, "--warmup", 100, "--average",
             0.999, "--no-deterministic", "--save-seconds", 25, "--snapshots", *SNAPSHOTS)
+
+
+def sizes_of(args: argparse.Namespace) -> Sizes:
+    return TINY if args.tiny else Sizes()
 
 
 def finetune(*arguments: object) -> list[str]:
@@ -139,7 +144,7 @@ def drawn(args: argparse.Namespace) -> list[Drawn]:
         return ("--attention", "sla", "--topk", topk)
 
     dense, sparse = ("--attention", "dense"), ("--attention", "salad", "--topk", 0.1)
-    found = [Drawn("dense", "", dense, 1), Drawn("sparse", "", untrained(0.056), 1), Drawn("sparse-salad", "", sparse, 1),
+    found = [Drawn("dense", "", dense, 1), Drawn("sparse", "", untrained(TWO_BLOCKS), 1), Drawn("sparse-salad", "", sparse, 1),
              Drawn("dense-large", "", dense, 1, "large", "dense-large")]
     found += [Drawn(name, "", ("--adapter", file), 1) for name, file in args.compare]
     found += [Drawn(f"sparse-topk-{topk:g}", "", untrained(topk), 1, "curves") for topk in TOPKS]
@@ -151,8 +156,12 @@ def drawn(args: argparse.Namespace) -> list[Drawn]:
 
 
 def count_of(args: argparse.Namespace, where: str) -> int:
-    sizes = TINY if args.tiny else Sizes()
-    return {"table": args.table, "curves": min(args.table, 64), "large": min(args.table, sizes.large)}[where]
+    return {"table": args.table, "curves": min(args.table, 64), "large": min(args.table, sizes_of(args).large)}[where]
+
+
+def rows_of(kinds: list[Drawn], where: str) -> list[Drawn]:
+    """Of one table.  The curves go on from the rows of `table`."""
+    return [one for one in kinds if one.where == where or where == "curves" and one.where == "table"]
 
 
 def judging(args: argparse.Namespace, name: str, rows: list[Drawn], count: int, after: tuple[str, ...], jobs: int) -> Phase:
@@ -171,14 +180,14 @@ def table_phases(args: argparse.Namespace, sizes: Sizes, ready: tuple[str, ...])
         sampling = ("--batch", size.batch * 3) if one.where == "large" and not args.tiny else sizes.sampling
         found.append(Phase(f"draw {one.name}", finetune(
             "sample", "--model", MODEL, "--captions", work / one.captions, "--raw", "--out", work / "drawn" / one.name, "--size",
-            f"{size.size}x{size.size}", "--frames", size.frames, *(sizes.sampling if args.tiny else sampling), *one.options), 10,
+            f"{size.size}x{size.size}", "--frames", size.frames, *sampling, *one.options), 10,
             (one.after,) if one.after else ready, one.gpu, beside=True))
         first = by_name[one.dense]
         rows = [first] if one is first else [first, one]
         found.append(judging(args, f"judge {one.name}", rows, count_of(args, one.where),
                              (f"draw {one.name}", *(f"judge {row.name}" for row in rows[:-1])), args.jobs))
     for where in ("table", "large", "curves"):
-        rows = [one for one in kinds if one.where == where or where == "curves" and one.where == "table"]
+        rows = rows_of(kinds, where)
         found.append(judging(args, where, rows, count_of(args, where), tuple(f"judge {one.name}" for one in rows), args.jobs))
     return found
 
@@ -186,14 +195,13 @@ def table_phases(args: argparse.Namespace, sizes: Sizes, ready: tuple[str, ...])
 def summary(args: argparse.Namespace) -> None:
     """The tables of what could be drawn, when the time was over before all was."""
     for where in ("table", "large", "curves"):
-        rows = [one for one in drawn(args) if (one.where == where or where == "curves" and one.where == "table")
-                and any((args.work / "drawn" / one.name).glob(".judged-*"))]
+        rows = [one for one in rows_of(drawn(args), where) if any((args.work / "drawn" / one.name).glob(".judged-*"))]
         if rows and not (args.work / where / "table.md").exists():
             subprocess.run(judging(args, where, rows, count_of(args, where), (), args.jobs).command, timeout=60, check=False)
 
 
 def phases_of(args: argparse.Namespace) -> list[Phase]:
-    sizes, work = TINY if args.tiny else Sizes(), args.work
+    sizes, work = sizes_of(args), args.work
     found = [phase for clips in sizes.sets for phase in data_phases(args, clips, sizes.seconds, args.seed)]
     ready = tuple(phase.name for phase in found if phase.name.startswith("prepare"))
     plan = ("--data", *(prepared(args, clips) for clips in sizes.sets), "--batch", *(clips.batch for clips in sizes.sets),
@@ -227,7 +235,7 @@ def draw_curves(args: argparse.Namespace, home: ClipSet) -> None:
     def sparsity(topk: float) -> float:
         return 100 * (1 - max(1, int(topk * blocks)) / blocks)
 
-    own = {"sla": 100 * (1 - 8 / 5 / blocks), "sparse": sparsity(0.056)}  # two layers of one block, three of two
+    own = {"sla": sum(map(sparsity, LAYERS)) / len(LAYERS), "sparse": sparsity(TWO_BLOCKS)}
     lines = {"sparsity": {name: [(own[first], first), *((sparsity(topk), f"{first}-topk-{topk:g}") for topk in TOPKS)]
                           for name, first in (("SLA", "sla"), ("untrained", "sparse"))},
              "steps": {kind.upper(): [(0, "sparse" if kind == "sla" else "sparse-salad"), (before + steps[kind], kind),
@@ -261,7 +269,7 @@ def pack(args: argparse.Namespace, call: Call, phases: list[Phase]) -> None:
         for file in (args.work / name).glob("table.*"):
             shutil.copy(file, args.out / f"{name}{file.suffix}")
     if (args.work / "curves" / "table.json").exists():
-        draw_curves(args, (TINY if args.tiny else Sizes()).sets[0])
+        draw_curves(args, sizes_of(args).sets[0])
     (args.out / "report.txt").write_text(call.report(phases))
 
 

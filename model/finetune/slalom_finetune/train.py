@@ -202,8 +202,7 @@ class Trainer:
         ends = Batch(batch.latents[:walking], batch.text[:walking], batch.mask[:walking])
         if walking:
             if which not in self.walks:
-                self.walks[which] = Trajectories.on_noised_clips(plan.sampler_steps, plan.shift, ends,
-                                                                       noise[:walking])
+                self.walks[which] = Trajectories.on_noised_clips(plan.sampler_steps, plan.shift, ends, noise[:walking])
             states = self.walks[which].put_into(states)
         if plan.guided_loss:
             empty = torch.tensor([len(data.begins) - 2])
