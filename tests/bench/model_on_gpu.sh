@@ -127,19 +127,22 @@ sanitize() {  # TOOL TEST SHARD
   echo "exit $?" >>"$log"
 }
 part_sanitize() {
-  local tool test shard log children
+  local tool test shard log children ran
   PRODUCTS_LIBRARY=${PRODUCTS_LIBRARY:-$(find "$BUILD" -name libinitialised_products.so 2>/dev/null | head -1)}
   for tool in ${SANITIZE:-memcheck racecheck initcheck}; do
+    ran=0
     for test in pipeline_devices_test network_parity_test; do
       children=()
       for shard in $(seq 0 $((SHARDS - 1))); do sanitize "$tool" "$test" "$shard" & children+=($!); done
       wait "${children[@]}"
       for log in "$out/$tool-$test"-*.log; do
         grep -q '0 tests from 0 test suites ran' "$log" && continue
+        ran=$((ran + 1))
         grep -q '^exit 0$' "$log" || { fail "$(basename "$log" .log)"; grep -m 20 '=========' "$log" | cut -c1-160; }
         echo "$(basename "$log" .log): $(grep -E 'ERROR SUMMARY|RACECHECK SUMMARY|PASSED|^exit' "$log" | tr '\n' ' ')"
       done
     done
+    [ $ran -gt 0 ] || fail "$tool: no test matches"
   done
 }
 part_networks() {
