@@ -3,7 +3,8 @@
 //   CUDA_INJECTION64_PATH=liblose_gpu.so LOSE_GPU=1 LOSE_GPU_WHEN=FILE slalomd ...
 //
 // Once FILE exists a kernel traps in the process's context on device LOSE_GPU, after which every
-// call there fails. Other processes and other devices notice nothing.
+// call there fails, and with it those on the process's other CUDA devices. Other processes notice
+// nothing.
 #include <chrono>
 #include <cstdio>
 #include <cstdlib>
