@@ -5,8 +5,8 @@
 #   tests/bench/model_on_gpu.sh RESULT_DIR PART...
 #
 #   tests      the gpu tests that need a model: parity, the pipeline on both devices, predicted memory
-#   sanitize   parity and pipeline under compute-sanitizer's $SANITIZE (memcheck racecheck initcheck), $SHARDS processes
-#              side by side; $SANITIZE_FILTER instead of all CUDA cases
+#   sanitize   parity and pipeline under compute-sanitizer's $SANITIZE (memcheck racecheck initcheck), each case in a process
+#              of its own, $JOBS side by side; $SANITIZE_FILTER instead of all CUDA cases
 #   model      writes the model folder of random weights, where it is not there yet
 #   networks   text encoder, one forward pass with each $ATTENTION and decoding, alone: seconds, memory beside its prediction
 #   large      one forward pass of a transformer of 14B with each $ATTENTION
@@ -20,7 +20,7 @@
 #
 # The environment may say: BUILD (build/cuda; or RUN, a command that runs a program of ours by its name, such as
 # that of a portable bundle), MODEL (a folder; written if absent), MODEL_ARGS (for write_random_model), DEVICE (cuda),
-# SIZE (832x480), FRAMES (81), STEPS (50), REPEATS (5), ATTENTION (dense sla salad), CLIPS (20), SHARDS (4), LIMIT
+# SIZE (832x480), FRAMES (81), STEPS (50), REPEATS (5), ATTENTION (dense sla salad), CLIPS (20), JOBS (4), LIMIT
 # (seconds for each program, 600). A rehearsal without a GPU:
 #   DEVICE=cpu SIZE=64x32 FRAMES=5 STEPS=2 CLIPS=3 REPEATS=1 MODEL_ARGS='--layers 1 --text-layers 1 --vocabulary 1000' \
 #     BUILD=build/cpu tests/bench/model_on_gpu.sh /tmp/out model networks steps clips leak
@@ -30,7 +30,7 @@ cd "$(dirname "$0")/../.." || exit 1
 out=$(realpath -m "$1"); shift
 mkdir -p "$out"
 DEVICE=${DEVICE:-cuda} SIZE=${SIZE:-832x480} FRAMES=${FRAMES:-81} STEPS=${STEPS:-50} REPEATS=${REPEATS:-5}
-ATTENTION=${ATTENTION:-dense sla salad} CLIPS=${CLIPS:-20} SHARDS=${SHARDS:-4} LIMIT=${LIMIT:-600} BUILD=${BUILD:-build/cuda}
+ATTENTION=${ATTENTION:-dense sla salad} CLIPS=${CLIPS:-20} JOBS=${JOBS:-4} LIMIT=${LIMIT:-600} BUILD=${BUILD:-build/cuda}
 MODEL=${MODEL:-$out/model}
 PROMPT='a red ball rolls from left to right over a green floor'
 export OMP_WAIT_POLICY=passive  # threads that spin take the encoder's cores
@@ -115,34 +115,45 @@ part_model() {
 kinds() { tr ' ' ',' <<<"$ATTENTION"; }
 # What NVIDIA's kernels do is not ours to judge: racecheck names pairs within cuBLASLt's, and initcheck does not see what
 # they write (tests/bench/initialised_products.cc).
-sanitize() {  # TOOL TEST SHARD
-  local program options=(--tool "$1" --report-api-errors no --error-exitcode 9) log="$out/$1-$2-$3.log"
+sanitize() {  # TOOL TEST CASE
+  local program options=(--tool "$1" --report-api-errors no --error-exitcode 9) log="$out/$1-${3//\//.}.log"
   find_program "$2" || return
   [ "$1" = memcheck ] || options+=(--kernel-name kns=slalom)
   # shellcheck disable=SC2016
   [ "$1" != initcheck ] ||  # beside what compute-sanitizer itself preloads
     program=(/bin/bash -c 'LD_PRELOAD=$0${LD_PRELOAD:+:$LD_PRELOAD} exec "$@"' "$PRODUCTS_LIBRARY" "${program[@]}")
-  GTEST_TOTAL_SHARDS=$SHARDS GTEST_SHARD_INDEX=$3 timeout -k 5 "$LIMIT" compute-sanitizer "${options[@]}" \
-    "${program[@]}" --gtest_brief=1 --gtest_filter="${SANITIZE_FILTER:-*cuda*:*PipelineDevices*}" >"$log" 2>&1
+  timeout -k 5 "$LIMIT" compute-sanitizer "${options[@]}" "${program[@]}" --gtest_filter="$3" >"$log" 2>&1
   echo "exit $?" >>"$log"
 }
+cases() {  # TEST
+  limited "$1" --gtest_list_tests --gtest_filter="${SANITIZE_FILTER:-*cuda*:*PipelineDevices*}" |
+    awk '/^[^ ]/ { suite = $1 } /^ / { print suite $1 }'
+}
+judge_sanitize() {  # TOOL CASE...
+  local case log clean=0
+  for case in "${@:2}"; do
+    log="$out/$1-${case//\//.}.log"
+    if grep -q '^exit 0$' "$log" && grep -q 'PASSED  \] 1 test' "$log"; then clean=$((clean + 1)); continue; fi
+    fail "$1 of $case: $(grep -E 'ERROR SUMMARY|RACECHECK SUMMARY|PASSED|SKIPPED|FAILED|^exit' "$log" | sort -u | tr '\n' ' ')"
+    grep -m 20 '^=========' "$log" | cut -c1-160
+  done
+  echo "$1: $clean of $(($# - 1)) cases clean"
+  [ $# -gt 1 ] || fail "$1: no test matches"
+}
 part_sanitize() {
-  local tool test shard log children ran
+  local tool test case ran
   PRODUCTS_LIBRARY=${PRODUCTS_LIBRARY:-$(find "$BUILD" -name libinitialised_products.so 2>/dev/null | head -1)}
   for tool in ${SANITIZE:-memcheck racecheck initcheck}; do
-    ran=0
+    ran=()
     for test in pipeline_devices_test network_parity_test; do
-      children=()
-      for shard in $(seq 0 $((SHARDS - 1))); do sanitize "$tool" "$test" "$shard" & children+=($!); done
-      wait "${children[@]}"
-      for log in "$out/$tool-$test"-*.log; do
-        grep -q '0 tests from 0 test suites ran' "$log" && continue
-        ran=$((ran + 1))
-        grep -q '^exit 0$' "$log" || { fail "$(basename "$log" .log)"; grep -m 20 '=========' "$log" | cut -c1-160; }
-        echo "$(basename "$log" .log): $(grep -E 'ERROR SUMMARY|RACECHECK SUMMARY|PASSED|^exit' "$log" | tr '\n' ' ')"
+      for case in $(cases $test); do
+        while [ "$(jobs -rp | wc -l)" -ge "$JOBS" ]; do wait -n; done
+        sanitize "$tool" "$test" "$case" &
+        ran+=("$case")
       done
     done
-    [ $ran -gt 0 ] || fail "$tool: no test matches"
+    wait
+    judge_sanitize "$tool" "${ran[@]}"
   done
 }
 part_networks() {
