@@ -4,7 +4,7 @@
 
 The demo model learns stills (all weights, every block critical, so dense), then SLA and the linear branch alone
 learn from it; the reader of tests/demo judges colour and shape of stills for held-out captions.  256x256 is 256
-tokens: with blocks of 32, one critical block of eight.  Ends within --minutes and goes on in the next call, like
+tokens: with blocks of 16, two critical blocks of sixteen.  Ends within --minutes and goes on in the next call, like
 make_adapters.py, side by side on several --gpus; --out gets stills.md, the adapters and report.txt.
 """
 
@@ -19,7 +19,7 @@ from pathlib import Path
 from make_adapters import MODEL, TESTS, TRAINING, ClipSet, data_phases, finetune, write_captions
 from phases import Call, Phase, add_call_arguments
 
-BLOCKS = ("--block-q", 32, "--block-k", 32)
+BLOCKS = ("--block-q", 16, "--block-k", 16, "--tile", "1,2,8")
 SPARSE = ("--attention", "sla", "--topk", 0.125, "--negligible", 0.1, *BLOCKS)
 LINEAR = ("--attention", "sla", "--topk", 0, "--scope", "all")
 EVERYTHING = ("--attention", "sla", "--topk", 1, "--negligible", 0, *BLOCKS)  # dense, by another name
@@ -45,7 +45,7 @@ def phases_of(args: argparse.Namespace) -> list[Phase]:
     def train(name: str, model: Path, after: str, gpu: int, batch: int, *options: object) -> Phase:
         return Phase(name, finetune("train", "--model", model, "--data", data, "--work", work / name, "--out",
                                     work / name / "out", "--batch", batch, *compiled, *length, *options), 60, (after,), gpu,
-                     environment={"SLALOM_ATTENTION_LIBRARY": "none"})  # whose blocks are multiples of 64 on a GPU
+                     environment={"SLALOM_ATTENTION_LIBRARY": "none"})
 
     def draw(name: str, after: str, gpu: int, *options: object) -> Phase:
         return Phase(f"draw {name}", finetune(

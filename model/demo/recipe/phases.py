@@ -11,6 +11,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
@@ -18,6 +20,7 @@ from typing import BinaryIO
 HERE = Path(__file__).resolve().parent
 FINETUNE = HERE.parents[1] / "finetune"
 UNFINISHED = 3  # exit status of a script that ended before its work was done (training.py)
+TRIES = 3  # of a phase, in one call that has time for them
 PACKING = 6.0  # seconds kept for what comes after the phases
 
 
@@ -37,6 +40,8 @@ class Phase:
     gpu: int = 0  # modulo the GPUs there are
     beside: bool = False  # with several GPUs: does not wait for what runs on its GPU
     tail: float = 0.0  # seconds it leaves to those after it
+    needs: tuple[Path, ...] = ()  # files that must be there before
+    lane: str = ""  # phases of one lane run one after the other, in their order
     outputs: list[Path] = field(default_factory=list)  # copied to --out after each call, if they exist
     environment: dict[str, str] = field(default_factory=dict)
 
@@ -62,6 +67,7 @@ class Call:
         self.work, self.gpus, self.end = work, gpus, time.time() + 60 * minutes - PACKING
         self.table: list[str] = []  # what became of each phase
         self.children: dict[str, _Child] = {}
+        self.tries: dict[str, int] = {}
         (work / "log").mkdir(parents=True, exist_ok=True)
         signal.signal(signal.SIGTERM, self._stop)
 
@@ -81,7 +87,13 @@ class Call:
         beside = phase.beside and len(self.gpus) > 1
         free = beside or all(self._gpu(other) != self._gpu(phase) or (other.beside and len(self.gpus) > 1)
                              for other in running)
-        return free and all(self.is_done(name) for name in phase.after)
+        free = free and not (phase.lane and any(other.lane == phase.lane for other in running))
+        return free and all(self.is_done(name) for name in phase.after) and all(file.exists() for file in phase.needs)
+
+    def _may_come(self, phase: Phase) -> bool:
+        """Nothing but files are missing, and there is time to wait for them."""
+        return (bool(phase.needs) and all(self.is_done(name) for name in phase.after)
+                and self.left() >= phase.least + phase.tail)
 
     def _start(self, phase: Phase) -> None:
         caches = {name: str(self.work / "cache" / name.lower()) for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")}
@@ -113,6 +125,11 @@ class Call:
             0: "done", UNFINISHED: "goes on in the next call"}.get(status, f"failed: status {status}"))
         return status
 
+    def _again(self, phase: Phase) -> bool:
+        """Whether a phase that is not done gets another try in this call."""
+        self.tries[phase.name] = self.tries.get(phase.name, 1) + 1
+        return len(self.gpus) > 1 and self.tries[phase.name] <= TRIES and self.left() >= phase.least + phase.tail
+
     def _stop_late_ones(self) -> None:
         if self.left() < 0:
             for child in self.children.values():
@@ -122,11 +139,21 @@ class Call:
                 if child.process.poll() is None:
                     os.killpg(child.process.pid, signal.SIGKILL)
 
-    def run(self, phases: list[Phase]) -> int:
+    def run(self, phases: list[Phase], between: Callable[[], None] = lambda: None, every: float = 45.0) -> int:
         """0: all done; UNFINISHED: another call is needed; else the status of a phase that failed.
 
-        A phase that is not done stops those after it, and on a single GPU all that come later.
+        A phase that is not done stops those after it, and on a single GPU all that come later.  `between` is called
+        every so many seconds on the way.
         """
+        try:
+            return self._run(phases, between, every)
+        finally:
+            for child in self.children.values():  # none, but after an error
+                with suppress(ProcessLookupError):
+                    os.killpg(child.process.pid, signal.SIGKILL)
+
+    def _run(self, phases: list[Phase], between: Callable[[], None], every: float) -> int:
+        called = time.time()
         known = {phase.name: phase for phase in phases}
         self.table += [f"{phase.name:20s} done before" for phase in phases if self.is_done(phase.name)]
         waiting = [phase for phase in phases if not self.is_done(phase.name)]
@@ -142,14 +169,20 @@ class Call:
                     self.table.append(f"{phase.name:20s} left to the next call: needs {phase.least + phase.tail:.0f} s of "
                                       f"{self.left():.0f} left")
                     worst = worst or UNFINISHED
-            if not self.children:
+            if not self.children and not any(map(self._may_come, waiting)):
                 break
             time.sleep(0.25)
+            if time.time() - called > every:
+                between()
+                called = time.time()
             self._stop_late_ones()
             for name in list(self.children):
                 self.children[name].show(name)
                 if self.children[name].process.poll() is not None:
                     status = self._ended(known[name])
+                    if status and self._again(known[name]):
+                        waiting.insert(0, known[name])
+                        continue
                     worst = status if worst in (0, UNFINISHED) and status else worst
         return worst or (UNFINISHED if waiting else 0)
 

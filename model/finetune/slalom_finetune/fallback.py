@@ -2,12 +2,14 @@
 
 Tensors are [B, H, L, D].  Everything is computed in float32 (float64 when the inputs are), on the keys of the
 critical blocks alone, gathered for a few query blocks at a time, so that memory grows with L and not with L^2.
+On a GPU factors of matrix products stay in bfloat16 where the inputs are: sums, softmax and denominators are float32.
 The formulas are those of SLA (arXiv 2509.24006, sections 3 and 4 and appendix).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +23,30 @@ GATHERED = {"cpu": 1 << 22, "cuda": 1 << 27}  # elements of gathered keys at a t
 
 def _wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
+
+
+@cache
+def _sums_widely(device: str) -> bool:
+    """Whether products of bfloat16 come in float32 there."""
+    x = torch.ones(1, 16, 16, dtype=torch.bfloat16, device=device)
+    try:
+        return torch.bmm(x, x, out_dtype=torch.float32).dtype == torch.float32
+    except (RuntimeError, TypeError):
+        return False
+
+
+def _factor(x: Tensor, like: Tensor) -> Tensor:
+    """x as a factor of products: in `like`'s type where those can be summed in float32, else as wide as the sums."""
+    keeps = like.dtype == torch.bfloat16 and _sums_widely(like.device.type)
+    return x.to(torch.bfloat16) if keeps else x.to(_wide(like).dtype)
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b of two factors, in float32 (float64 when they are)."""
+    if a.dtype != torch.bfloat16:
+        return a @ b
+    found = torch.bmm(a.flatten(0, -3), b.flatten(0, -3), out_dtype=torch.float32)
+    return found.view(*a.shape[:-1], b.shape[-1])
 
 
 def in_blocks(x: Tensor, block: int) -> Tensor:
@@ -49,6 +75,7 @@ class _Sparse:
     """The softmax branch: what forward and backward share."""
 
     def __init__(self, q: Tensor, k: Tensor, v: Tensor, classes: Tensor, block_q: int, block_k: int):
+        """q, k, v as factors."""
         self.length, self.scale = q.shape[-2], q.shape[-1] ** -0.5
         self.q, self.k, self.v = in_blocks(q, block_q), in_blocks(k, block_k), in_blocks(v, block_k)
         self.block_k, self.lists = block_k, critical_lists(classes)
@@ -75,28 +102,28 @@ class _Sparse:
         lists = self.lists[:, :, part]
         position = lists[..., None] * self.block_k + torch.arange(self.block_k, device=lists.device)
         there = ((lists >= 0)[..., None] & (position < self.length)).flatten(-2)[..., None, :]
-        return (self.q[:, :, part] @ keys.mT * self.scale).masked_fill(~there, -torch.inf)
+        return (_product(self.q[:, :, part], keys.mT) * self.scale).masked_fill(~there, -torch.inf)
 
     def forward(self) -> tuple[Tensor, Tensor]:
-        outs, sums = [torch.zeros_like(self.q[:, :, :0])], [self.q[:, :, :0, :, 0]]
+        outs, sums = [_wide(self.q[:, :, :0])], [_wide(self.q[:, :, :0, :, 0])]
         for part in self.chunks():
             scores = self.scores(part, self.gather(self.k, part))
             lse = scores.logsumexp(-1)
-            outs.append(_probabilities(scores, lse) @ self.gather(self.v, part))
+            outs.append(_product(_factor(_probabilities(scores, lse), self.q), self.gather(self.v, part)))
             sums.append(lse)
         return out_of_blocks(torch.cat(outs, 2), self.length), torch.cat(sums, 2).flatten(2)[..., :self.length]
 
     def backward(self, d_out: Tensor, lse: Tensor, block_q: int) -> tuple[Tensor, Tensor, Tensor]:
         d_out, lse = in_blocks(d_out, block_q), in_blocks(lse[..., None], block_q)[..., 0]
-        d_q, d_k, d_v = torch.zeros_like(self.q), torch.zeros_like(self.k), torch.zeros_like(self.v)
+        d_q, d_k, d_v = (torch.zeros_like(x, dtype=lse.dtype) for x in (self.q, self.k, self.v))
         for part in self.chunks():
             keys, values, d_o = self.gather(self.k, part), self.gather(self.v, part), d_out[:, :, part]
             p = _probabilities(self.scores(part, keys), lse[:, :, part])
-            d_p = d_o @ values.mT
-            d_s = p * (d_p - (p * d_p).sum(-1, keepdim=True)) * self.scale
-            d_q[:, :, part] = d_s @ keys
-            self.scatter(p.mT @ d_o, part, d_v)
-            self.scatter(d_s.mT @ self.q[:, :, part], part, d_k)
+            d_p = _product(d_o, values.mT)
+            d_s = _factor(p * (d_p - (p * d_p).sum(-1, keepdim=True)) * self.scale, self.q)
+            d_q[:, :, part] = _product(d_s, keys)
+            self.scatter(_product(_factor(p, self.q).mT, d_o), part, d_v)
+            self.scatter(_product(d_s.mT, self.q[:, :, part]), part, d_k)
         return tuple(out_of_blocks(d, self.length) for d in (d_q, d_k, d_v))
 
 
@@ -110,6 +137,7 @@ class _Linear:
 
     def __init__(self, q: Tensor, k: Tensor, v: Tensor, classes: Tensor, scope: str, feature_map: str,
                  block_q: int, block_k: int):
+        """q, k wide; v as a factor."""
         self.length = length = q.shape[-2]
         if scope == "all":  # every row sees every key: as one block
             block_q = block_k = length
@@ -117,11 +145,12 @@ class _Linear:
         else:
             mask = classes != CRITICAL if scope == "noncritical" else classes == MARGINAL
         self.mask, self.block_q, self.block_k, self.feature_map = mask.to(q.dtype), block_q, block_k, feature_map
+        self.mask_factor = _factor(self.mask, v)
         self.q, self.k, self.v = q, k, in_blocks(v, block_k)
-        self.phi_q = in_blocks(features(q, feature_map), block_q)
-        self.phi_k = in_blocks(features(k, feature_map), block_k)
+        phi_k = in_blocks(features(k, feature_map), block_k)
+        self.phi_q = _factor(in_blocks(features(q, feature_map), block_q), v)
+        self.phi_k, self.sums = _factor(phi_k, v), phi_k.sum(-2)  # sums [B, H, Nk, D]
         self.states = self.phi_k.mT @ self.v  # [B, H, Nk, D, D]
-        self.sums = self.phi_k.sum(-2)  # [B, H, Nk, D]
 
     def chunks(self) -> Iterator[slice]:
         size = max(1, GATHERED.get(self.q.device.type, 1 << 22) // self.states[:, :, :1].numel())
@@ -129,40 +158,40 @@ class _Linear:
 
     def part(self, part: slice) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """H [.., n, D, D], z [.., n, 1, D], 1 / denominator [.., n, block_q, 1] and O_l of some query blocks."""
-        mask, phi = self.mask[:, :, part], self.phi_q[:, :, part]
-        h = (mask @ self.states.flatten(-2)).unflatten(-1, self.states.shape[-2:])
-        z = (mask @ self.sums)[..., None, :]
-        inverse = 1 / (phi @ z.mT + EPSILON)
-        return h, z, inverse, phi @ h * inverse
+        phi = self.phi_q[:, :, part]
+        h = (self.mask_factor[:, :, part] @ self.states.flatten(-2)).unflatten(-1, self.states.shape[-2:])
+        z = (self.mask[:, :, part] @ self.sums)[..., None, :]
+        inverse = 1 / ((phi * z).sum(-1, keepdim=True) + EPSILON)
+        return h, z, inverse, _product(phi, h) * inverse
 
     def forward(self) -> Tensor:
         return out_of_blocks(torch.cat([self.part(part)[3] for part in self.chunks()], 2), self.length)
 
     def backward(self, d_out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         d_out = in_blocks(d_out, self.block_q)
-        d_phi_q = torch.zeros_like(self.phi_q)
+        d_phi_q = torch.zeros_like(self.phi_q, dtype=d_out.dtype)
         d_states, d_sums = torch.zeros_like(self.states), torch.zeros_like(self.sums)
         for part in self.chunks():
             h, z, inverse, out = self.part(part)
-            d_o, mask = d_out[:, :, part], self.mask[:, :, part]
+            d_o, mask = d_out[:, :, part], self.mask_factor[:, :, part]
             delta = (d_o * out).sum(-1, keepdim=True)
-            d_phi_q[:, :, part] = (d_o @ h.mT - delta * z) * inverse
+            d_phi_q[:, :, part] = (_product(_factor(d_o, self.v), h.mT) - delta * z) * inverse
             weighted = self.phi_q[:, :, part] * inverse
-            d_states += (mask.mT @ (weighted.mT @ d_o).flatten(-2)).view_as(d_states)
-            d_sums -= mask.mT @ (weighted * delta).sum(-2)
-        d_phi_k = self.v @ d_states.mT + d_sums[..., None, :]
+            d_h = _factor(weighted, self.v).mT @ _factor(d_o, self.v)
+            d_states += (mask.mT @ d_h.flatten(-2)).view_as(d_states)
+            d_sums -= self.mask[:, :, part].mT @ (weighted * delta).sum(-2)
+        d_phi_k = _product(self.v, d_states.mT) + d_sums[..., None, :]
         d_q, d_k = (features_backward(out_of_blocks(d, self.length), x, features(x, self.feature_map),
                                       self.feature_map) for d, x in ((d_phi_q, self.q), (d_phi_k, self.k)))
-        return d_q, d_k, out_of_blocks(self.phi_k @ d_states, self.length)
+        return d_q, d_k, out_of_blocks(_product(self.phi_k, d_states), self.length)
 
 
 def sla_forward(q: Tensor, k: Tensor, v: Tensor, classes: Tensor, weight: Tensor | None, bias: Tensor | None,
                 scope: str, feature_map: str, block_q: int, block_k: int) -> tuple[Tensor, Tensor]:
     """out like q, lse [B, H, L].  Without `weight` there is no linear branch."""
-    wide = [_wide(x) for x in (q, k, v)]
-    out, lse = _Sparse(*wide, classes, block_q, block_k).forward()
+    out, lse = _Sparse(*(_factor(x, q) for x in (q, k, v)), classes, block_q, block_k).forward()
     if weight is not None:
-        linear = _Linear(*wide, classes, scope, feature_map, block_q, block_k).forward()
+        linear = _Linear(_wide(q), _wide(k), _factor(v, q), classes, scope, feature_map, block_q, block_k).forward()
         out = out + linear @ weight.to(out.dtype).T + bias.to(out.dtype)
     return out.to(q.dtype), lse
 
@@ -170,11 +199,11 @@ def sla_forward(q: Tensor, k: Tensor, v: Tensor, classes: Tensor, weight: Tensor
 def sla_backward(d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, classes: Tensor, weight: Tensor | None, lse: Tensor,
                  scope: str, feature_map: str, block_q: int, block_k: int) -> tuple[Tensor, ...]:
     """Gradients of q, k, v and, with `weight`, of weight and bias (else empty)."""
-    wide, d_o = [_wide(x) for x in (q, k, v)], _wide(d_out)
-    grads = list(_Sparse(*wide, classes, block_q, block_k).backward(d_o, lse, block_q))
+    factors, d_o = [_factor(x, q) for x in (q, k, v)], _wide(d_out)
+    grads = list(_Sparse(*factors, classes, block_q, block_k).backward(_factor(d_o, q), lse, block_q))
     d_weight, d_bias = d_o.new_empty(0), d_o.new_empty(0)
     if weight is not None:
-        branch = _Linear(*wide, classes, scope, feature_map, block_q, block_k)
+        branch = _Linear(_wide(q), _wide(k), factors[2], classes, scope, feature_map, block_q, block_k)
         linear = branch.forward()
         d_weight = torch.einsum("bhln,bhlm->nm", d_o, linear).to(weight.dtype)
         d_bias = d_o.sum((0, 1, 2)).to(weight.dtype)

@@ -9,6 +9,7 @@ import math
 import subprocess
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,9 @@ from .options import AttentionOptions
 from .prepare import TextSource
 from .vae import WanVae
 from .wan import WanTransformer
+
+
+CHANGES = ("topk", "block_q", "block_k", "tile")  # of untrained attention's options
 
 
 def sigmas_of(steps: int, shift: float) -> list[float]:
@@ -68,20 +72,21 @@ def _correct(sigma: list[float], lam: list[float], clean: list[Tensor], correcte
 
 
 class Sampler:
-    def __init__(self, model: Path, adapter: Path | None, attention: str, topk: float | None, device: torch.device):
-        """Without `adapter`, "sla" and "salad" run untrained."""
+    def __init__(self, model: Path, adapter: Path | None, attention: str, device: torch.device, **changes: object):
+        """Without `adapter`, "sla" and "salad" run untrained, with `changes` to their options; of an adapter's own
+        options only topk can change."""
         self.device, self.text = device, TextSource(model, device)
         self.transformer = WanTransformer.load(model / "transformer")
         self.adapted = attention != "dense"
         if adapter:
             options = load_adapter(self.transformer, adapter)
-            if topk is not None:
-                for block in self.transformer.blocks:
-                    part = block.attn1.sla or block.attn1.salad
-                    part.options = AttentionOptions(**{**part.options.__dict__, "topk": topk})
+            if unlike := set(changes) - {"topk"}:
+                raise ValueError(f"an adapter has its own {', '.join(sorted(unlike))}")
+            for block in self.transformer.blocks:
+                part = block.attn1.sla or block.attn1.salad
+                part.options = replace(part.options, **changes)
         elif self.adapted:
-            options = AttentionOptions.for_kind(attention, **({} if topk is None else {"topk": topk}))
-            self.transformer.adapt(options)
+            self.transformer.adapt(AttentionOptions.for_kind(attention, **changes))
         self.transformer.to(device).eval().requires_grad_(False)
         self.vae = WanVae.load(model / "vae").to(device)
 
@@ -129,6 +134,9 @@ def add_sample_arguments(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--adapter", type=Path, help="attention/{sla,salad,linear}.safetensors")
     parser.add_argument("--attention", choices=("dense", "sla", "salad"), default="sla")
     parser.add_argument("--topk", type=float)
+    parser.add_argument("--block-q", type=int, help="of untrained attention, as the next two")
+    parser.add_argument("--block-k", type=int)
+    parser.add_argument("--tile", type=lambda text: tuple(map(int, text.split(","))), help="token order: FRAMES,ROWS,COLUMNS")
     parser.add_argument("--captions", type=Path, required=True, help='JSON list of {"file", "caption"}; clip i has seed i')
     parser.add_argument("--out", type=Path, required=True, help="folder; files that are there already stay")
     parser.add_argument("--raw", action="store_true", help="frames as .npy, for machines without ffmpeg")
@@ -152,7 +160,8 @@ def run_sample(args: argparse.Namespace, device: torch.device) -> int:
     files = [args.out / entry["file"] for entry in entries]
     files = [file.with_suffix(".npy") if args.raw else file for file in files]
     wanted = [i for i, file in enumerate(files) if not file.exists()]
-    sampler, begin = Sampler(args.model, args.adapter, args.attention, args.topk, device), time.time()
+    changes = {name: value for name in CHANGES if (value := getattr(args, name)) is not None}
+    sampler, begin = Sampler(args.model, args.adapter, args.attention, device, **changes), time.time()
     for first in range(0, len(wanted), args.batch):
         if deadline.over():
             return UNFINISHED

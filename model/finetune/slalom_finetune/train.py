@@ -28,6 +28,7 @@ from .trajectories import States, Trajectories
 from .wan import Tokens, WanTransformer
 
 SAVING = 12.0  # seconds before its deadline at which a run by the clock ends
+RETURNS = 5  # to the last checkpoint, each with half the rates, before a loss that is not finite ends a run
 PACE_STEPS = 4  # steps that are timed, and not taken, to learn how many fit into --minutes
 
 
@@ -172,6 +173,7 @@ class Trainer:
         self.step, self.spent, self.begun, self.saved = 0, 0.0, 0.0, time.time()
         self.losses: list[Tensor] = []
         self.walks: dict[int, Trajectories] = {}  # by data file
+        self.returns = 0  # to a checkpoint: the rates are halved as often
         self.limit = 60 * plan.minutes
 
     def _place(self, data: LatentSet) -> LatentSet:
@@ -215,7 +217,7 @@ class Trainer:
 
     def take_step(self) -> None:
         for group in self.optimizer.param_groups:
-            group["lr"] = group["peak"] * self.plan.rate_at(self.step, self.progress())
+            group["lr"] = group["peak"] * self.plan.rate_at(self.step, self.progress()) * 0.5 ** self.returns
         self.losses.append(self.compute(self.step, walk=True))
         trainable = self.student.trainable()
         nn.utils.clip_grad_norm_(list(trainable.values()), 1.0)
@@ -259,20 +261,21 @@ class Trainer:
 
     # --- files ---
 
-    def write_log(self) -> None:
-        """One line per step; a resumed run rewrites what came after its checkpoint."""
+    def write_log(self) -> bool:
+        """One line per step; a resumed run rewrites what came after its checkpoint.  False: a loss is not finite."""
         values = torch.stack(self.losses).tolist() if self.losses else []
         first = self.step - len(values)
         with (self.places.work / "log.jsonl").open("a") as log:
             for i, value in enumerate(values):
                 log.write(json.dumps({"step": first + i + 1, "loss": value}) + "\n")
         self.losses.clear()
-        if not all(math.isfinite(value) for value in values):
-            raise FloatingPointError(f"the loss is not finite before step {self.step}")
+        return all(math.isfinite(value) for value in values)
 
     def save(self) -> None:
-        self.write_log()
-        state = {"step": self.step, "seconds": self.seconds(), "plan": json.dumps(asdict(self.plan)),
+        if not self.write_log() or not all(p.isfinite().all() for p in self.student.trainable().values()):
+            self.turn_back()
+            return
+        state = {"step": self.step, "seconds": self.seconds(), "returns": self.returns, "plan": json.dumps(asdict(self.plan)),
                  "weights": {name: p.detach() for name, p in self.student.trainable().items()},
                  "average": self.average, "optimizer": self.optimizer.state_dict(),
                  "walks": {str(which): walk.state() for which, walk in self.walks.items()}}
@@ -291,12 +294,24 @@ class Trainer:
                     trainable[name].copy_(value)
                     self.average[name].copy_(state["average"][name])
             self.optimizer.load_state_dict(state["optimizer"])
-            self.step, self.spent = state["step"], state["seconds"]
+            self.step, self.spent, self.returns = state["step"], state["seconds"], state["returns"]
             for which, walk in state["walks"].items():
                 self.walks[int(which)] = Trajectories(self.plan.sampler_steps, self.plan.shift, walk)
         lines = log.read_text().splitlines(keepends=True) if log.exists() else []
         kept = [line for line in lines[:self.step] if line.endswith("\n")]
         write_atomically(log, lambda part: part.write_text("".join(kept)) and None)
+
+    def turn_back(self) -> None:
+        """After a loss that is not finite: to the last checkpoint, on with half the rates.  The clock goes on, too."""
+        if self.returns == RETURNS or not (self.places.work / "checkpoint.pt").exists():
+            raise FloatingPointError(f"the loss is not finite before step {self.step}")
+        seconds, returns = self.seconds(), self.returns + 1
+        self.optimizer.zero_grad(set_to_none=True)
+        self.losses.clear()
+        self.walks.clear()
+        self.resume()
+        self.spent, self.begun, self.returns = seconds, time.time(), returns
+        print(f"a loss is not finite: from step {self.step} on with the rates halved {returns} times", flush=True)
 
     def export(self, folder: Path | None = None) -> list[Path]:
         folder = folder or self.places.out
@@ -326,7 +341,9 @@ class Trainer:
                 self.export(self.places.out / f"at-{snapshots.pop(0):g}")
             if self.step % self.places.log_every == 0:
                 recent += torch.stack(self.losses).tolist()
-                self.write_log()
+                if not self.write_log():
+                    self.turn_back()
+                    recent.clear()
             if self.step % (10 * self.places.log_every) == 0:
                 print(f"step {self.step} loss {sum(recent) / max(len(recent), 1):.5f} "
                       f"{self.seconds():.0f} s", flush=True)

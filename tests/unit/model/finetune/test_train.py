@@ -256,6 +256,23 @@ def test_a_run_by_the_clock_ends_by_it(tmp_path: Path) -> None:
     assert shorter.run(Soon()) == 0 and shorter.seconds() < 30
 
 
+def test_a_loss_that_is_not_finite_leads_back_to_the_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_set(tmp_path / "a.safetensors", 16)
+    plan = Plan(AttentionOptions(topk=0.3, block_q=16, block_k=16), batches=(2,), steps=20, warmup=1, rank=2)
+    trainer, compute, seen = Trainer(plan, replace(places(tmp_path), log_every=1, save_seconds=0)), Trainer.compute, []
+
+    def spoilt(self: Trainer, step: int, walk: bool = False) -> torch.Tensor:
+        loss = compute(self, step, walk)
+        seen.append((step, self.optimizer.param_groups[0]["lr"] / (plan.rate * plan.rate_at(step, step / plan.steps))))
+        return loss * torch.nan if step == 7 and len(seen) == 8 else loss
+
+    monkeypatch.setattr(Trainer, "compute", spoilt)
+    assert trainer.run(Never()) == 0
+    assert [step for step, _ in seen] == [*range(8), *range(7, 20)] and trainer.returns == 1
+    assert [factor for _, factor in seen] == pytest.approx([1.0] * 8 + [0.5] * 13)
+    assert [line["step"] for line in log_of(trainer.places.work)] == [*range(1, 21)]
+
+
 def test_the_linear_branch_alone_can_be_trained(tmp_path: Path) -> None:
     write_set(tmp_path / "a.safetensors", 16)
     options = AttentionOptions(topk=0.0, scope="all", block_q=16, block_k=16)
