@@ -48,7 +48,7 @@ class Sizes:
     """Everything that --tiny changes."""
 
     sets: tuple[ClipSet, ...] = (ClipSet(256, 33, 12_288, 16, (0,), 16, 5), ClipSet(384, 49, 2_048, 4, (0,), 4, 1))
-    seconds: int = 90  # of rendering and encoding
+    seconds: int = 100  # of rendering and encoding
     compile: tuple[str, ...] = ("--compile",)
     steps: int | None = None  # instead of the minutes
     sampling: tuple[str, ...] = ("--batch", "50")
