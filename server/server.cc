@@ -15,6 +15,7 @@
 
 #include "kernels/core/error.h"
 #include "scheduler/scheduler.h"
+#include "server/drain.h"
 #include "server/grpc_log.h"
 #include "server/http.h"
 #include "server/job_archive.h"
@@ -138,22 +139,16 @@ class Server::Impl {
       clean = scheduler_->Drain(SchedulerClock::now());
       KeepCosts();
       // Frames that the devices have made may still be waiting for their encoders.
-      clean = SettleUntil(deadline, hurry) && clean;
+      const DrainTimes times = {.at_least = SchedulerClock::now() + kFlushTime,
+                                .deadline = deadline};
+      const auto settled = [this] { return service_.Settle(SchedulerClock::now() + kPollTime); };
+      clean = SettleUntil(times, settled, hurry) && clean;
     }
     grpc_->Shutdown(std::chrono::system_clock::now() + (hurry() ? kHurriedFlushTime : kFlushTime));
     return clean || archive_.durable();
   }
 
  private:
-  bool SettleUntil(SchedulerClock::time_point deadline, const std::function<bool()>& hurry) {
-    const auto flushed = SchedulerClock::now() + kFlushTime;
-    while (!service_.Settle(SchedulerClock::now() + kPollTime)) {
-      const auto now = SchedulerClock::now();
-      if (now >= flushed && (now >= deadline || hurry())) return false;
-    }
-    return true;
-  }
-
   ServiceOptions Options() {
     ServiceOptions options = MakeServiceOptions(config_);
     // Probes by gRPC must hear of a lost device too.
