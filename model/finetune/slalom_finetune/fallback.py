@@ -167,12 +167,14 @@ class _Linear:
     def forward(self) -> Tensor:
         return out_of_blocks(torch.cat([self.part(part)[3] for part in self.chunks()], 2), self.length)
 
-    def backward(self, d_out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        d_out = in_blocks(d_out, self.block_q)
+    def backward(self, d_out: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Gradients of q, k, v, and O_l once more."""
+        d_out, outs = in_blocks(d_out, self.block_q), [_wide(self.phi_q[:, :, :0])]
         d_phi_q = torch.zeros_like(self.phi_q, dtype=d_out.dtype)
         d_states, d_sums = torch.zeros_like(self.states), torch.zeros_like(self.sums)
         for part in self.chunks():
             h, z, inverse, out = self.part(part)
+            outs.append(out)
             d_o, mask = d_out[:, :, part], self.mask_factor[:, :, part]
             delta = (d_o * out).sum(-1, keepdim=True)
             d_phi_q[:, :, part] = (_product(_factor(d_o, self.v), h.mT) - delta * z) * inverse
@@ -183,7 +185,8 @@ class _Linear:
         d_phi_k = _product(self.v, d_states.mT) + d_sums[..., None, :]
         d_q, d_k = (features_backward(out_of_blocks(d, self.length), x, features(x, self.feature_map),
                                       self.feature_map) for d, x in ((d_phi_q, self.q), (d_phi_k, self.k)))
-        return d_q, d_k, out_of_blocks(_product(self.phi_k, d_states), self.length)
+        d_v, out = _product(self.phi_k, d_states), torch.cat(outs, 2)
+        return d_q, d_k, out_of_blocks(d_v, self.length), out_of_blocks(out, self.length)
 
 
 def sla_forward(q: Tensor, k: Tensor, v: Tensor, classes: Tensor, weight: Tensor | None, bias: Tensor | None,
@@ -204,9 +207,9 @@ def sla_backward(d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, classes: Tensor
     d_weight, d_bias = d_o.new_empty(0), d_o.new_empty(0)
     if weight is not None:
         branch = _Linear(_wide(q), _wide(k), factors[2], classes, scope, feature_map, block_q, block_k)
-        linear = branch.forward()
+        *more, linear = branch.backward(d_o @ weight.to(d_o.dtype))
         d_weight = torch.einsum("bhln,bhlm->nm", d_o, linear).to(weight.dtype)
         d_bias = d_o.sum((0, 1, 2)).to(weight.dtype)
-        for grad, more in zip(grads, branch.backward(d_o @ weight.to(d_o.dtype))):
-            grad += more
+        for grad, part in zip(grads, more):
+            grad += part
     return *(grad.to(q.dtype) for grad in grads), d_weight, d_bias
