@@ -67,6 +67,7 @@ serve() {  # NAME
   quiet
   find_program slalomd || { fail "$1"; return 1; }
   start=$(date +%s.%N)
+  : >"$out/$1.ready"
   "${program[@]}" --device "$DEVICE" --models "$MODEL" --listen 127.0.0.1:0 --http-listen 127.0.0.1:0 \
     --warm-up "${SIZE}x$FRAMES" >"$out/$1.ready" 2>"$out/$1-server.log" &
   server=$!
