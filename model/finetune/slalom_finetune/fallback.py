@@ -18,7 +18,7 @@ from torch import Tensor
 from .block_map import CRITICAL, MARGINAL, blocks, critical_lists
 
 EPSILON = 1e-5  # in the linear branch's denominator
-GATHERED = {"cpu": 1 << 22, "cuda": 1 << 27}  # elements of gathered keys at a time
+GATHERED = {"cpu": 1 << 22, "cuda": 1 << 28}  # elements of gathered keys at a time
 
 
 def _wide(x: Tensor) -> Tensor:
