@@ -10,7 +10,7 @@ from test_attention import cases, error, golden
 
 from slalom_finetune.noise import _philox, normal
 from slalom_finetune.prepare import read_clip
-from slalom_finetune.sample import unipc, write_clip
+from slalom_finetune.sample import Sampler, unipc, write_clip
 from slalom_finetune.text import TextEncoder
 from slalom_finetune.vae import WanVae
 
@@ -84,3 +84,15 @@ def test_clips_go_through_ffmpeg(tmp_path) -> None:  # noqa: ANN001
     assert clip.shape == (3, 5, 32, 32)
     assert abs(float(clip[0, 4].mean()) - (160 / 127.5 - 1)) < 0.05
     assert read_clip(tmp_path / "clip.mp4", 9, 32, 32) is None
+
+
+def test_untrained_attention_takes_blocks_and_boxes_and_an_adapter_only_topk() -> None:
+    device = torch.device("cpu")
+    untrained = Sampler(DEMO, None, "sla", device, topk=0.25, block_q=16, block_k=16, tile=(2, 1, 8)).transformer
+    options = untrained.blocks[0].attn1.sla.options
+    assert (options.topk, options.block_q, options.block_k, untrained.tile) == (0.25, 16, 16, (2, 1, 8))
+    adapter = DEMO / "attention" / "sla.safetensors"
+    trained = Sampler(DEMO, adapter, "sla", device, topk=0.5).transformer
+    assert [block.attn1.sla.options.topk for block in trained.blocks] == [0.5] * len(trained.blocks)
+    with pytest.raises(ValueError, match="an adapter has its own block_q"):
+        Sampler(DEMO, adapter, "sla", device, block_q=32)
