@@ -60,18 +60,24 @@ struct SparseCase {
   int block_q = 128;
   double topk = 0.05;
   LinearScope scope = LinearScope::kAll;
+  int block_k = 64;
+  std::int64_t batch = 1;
+  double negligible = BlockMapOptions{}.negligible;
 
-  std::int64_t KeyBlocks() const { return (tokens + 63) / 64; }
-  Shape shape() const { return {1, tokens, heads, kHeadSize}; }
+  std::int64_t KeyBlocks() const { return (tokens + block_k - 1) / block_k; }
+  Shape shape() const { return {batch, tokens, heads, kHeadSize}; }
   BlockMapOptions options() const {
     BlockMapOptions options;
     options.topk = topk;
+    options.negligible = negligible;
     options.block_q = block_q;
+    options.block_k = block_k;
     return options;
   }
   // Of the critical pairs' two products.
   double Flops() const {
-    return 4.0 * tokens * CriticalBlocks(topk, KeyBlocks()) * 64.0 * heads * kHeadSize;
+    const auto keys = static_cast<double>(CriticalBlocks(topk, KeyBlocks()) * block_k);
+    return 4.0 * batch * tokens * keys * heads * kHeadSize;
   }
 };
 
@@ -85,8 +91,8 @@ BlockMapArgs MapArgs(const SparseCase& c, const Tensor& q, const Tensor& k) {
 BlockMapArgs MapArgsWithMeans(Bench& bench, const SparseCase& c, const BlockMapArgs& args) {
   const std::int64_t width = c.heads * kHeadSize;
   BlockMapArgs from_means = args;
-  from_means.q_means = bench.Random({1, (c.tokens + c.block_q - 1) / c.block_q, width}, kF32);
-  from_means.k_means = bench.Random({1, c.KeyBlocks(), width}, kF32);
+  from_means.q_means = bench.Random({c.batch, (c.tokens + c.block_q - 1) / c.block_q, width}, kF32);
+  from_means.k_means = bench.Random({c.batch, c.KeyBlocks(), width}, kF32);
   return from_means;
 }
 
@@ -166,13 +172,13 @@ void BenchSalad(Bench& bench, const SparseCase& c, bool parts, const std::string
   args.k_normed = bench.Random(c.shape(), kBF16);
   args.cos = bench.Random({c.tokens, kHeadSize / 2}, kF32);
   args.sin = bench.Random({c.tokens, kHeadSize / 2}, kF32);
-  args.x = bench.Random({1, c.tokens, width}, kBF16);
+  args.x = bench.Random({c.batch, c.tokens, width}, kBF16);
   args.map = &map;
   args.proj_weight = bench.Random({width, width}, kBF16, 0.02f);
   args.proj_bias = bench.Random({width}, kF32);
   args.gate_weight = bench.Random({1, width}, kF32, 0.02f);
   args.gate_bias = bench.Random({1}, kF32);
-  args.out = bench.Empty({1, c.tokens, width}, kBF16);
+  args.out = bench.Empty({c.batch, c.tokens, width}, kBF16);
   if (parts) {
     bench.Flops(name, c.Flops(), [&] { backend.SaladAttention(args); });
     bench.Flops(name + ": pass by pass", c.Flops(), [&] {
@@ -238,10 +244,9 @@ void BenchStates(Bench& bench, LinearScope scope, const std::string& name) {
 
 // SLA's gradients: all of them, the sparse branch by each kernel, the linear branch. FLOP: the five
 // products that the critical pairs need, whatever is computed twice.
-void BenchBackward(Bench& bench, int block_q, double topk, LinearScope scope,
-                   const std::string& name) {
+void BenchBackward(Bench& bench, const SparseCase& c, const std::string& name) {
   if (!bench.Wanted(name)) return;
-  const Shape shape{1, kTokens, kHeads, kHeadSize};
+  const Shape shape = c.shape();
   Backend& backend = bench.backend();
   const cuda::Context& context = bench.backend().context();
   SlaBackwardArgs args;
@@ -250,24 +255,20 @@ void BenchBackward(Bench& bench, int block_q, double topk, LinearScope scope,
   args.v = bench.Random(shape, kBF16);
   args.d_out = bench.Random(shape, kBF16);
   for (Tensor* x : {&args.out, &args.d_q, &args.d_k, &args.d_v}) *x = bench.Empty(shape, kBF16);
-  args.lse = bench.Empty({1, kHeads, kTokens}, kF32);
+  args.lse = bench.Empty({c.batch, c.heads, c.tokens}, kF32);
   args.proj_weight = bench.Random({kHeadSize, kHeadSize}, kF32);
   args.proj_bias = bench.Random({kHeadSize}, kF32);
   args.d_proj_weight = bench.Empty({kHeadSize, kHeadSize}, kF32);
   args.d_proj_bias = bench.Empty({kHeadSize}, kF32);
-  args.scope = scope;
-  BlockMapArgs map_args{.q = args.q, .k = args.k};
-  map_args.options.block_q = block_q;
-  map_args.options.topk = topk;
-  const BlockMap map = backend.MakeBlockMap(map_args);
+  args.scope = c.scope;
+  const BlockMap map = backend.MakeBlockMap(MapArgs(c, args.q, args.k));
   args.map = &map;
-  SlaArgs forward{.q = args.q, .k = args.k, .v = args.v, .map = &map, .scope = scope};
+  SlaArgs forward{.q = args.q, .k = args.k, .v = args.v, .map = &map, .scope = c.scope};
   forward.proj_weight = args.proj_weight;
   forward.proj_bias = args.proj_bias;
   forward.out = args.out;
   forward.lse = args.lse;
-  const double pairs = static_cast<double>(CriticalBlocks(topk, (kTokens + 63) / 64)) * 64.0;
-  const double flops = 10.0 * kTokens * pairs * kWidth;
+  const double flops = 2.5 * c.Flops();
   bench.Flops(name + ": forward that saves lse", 0.4 * flops,
               [&] { backend.SlaAttention(forward); });
   bench.Flops(name, flops, [&] { backend.SlaAttentionBackward(args); });
@@ -292,7 +293,11 @@ void BenchBackward(Bench& bench, int block_q, double topk, LinearScope scope,
   sparse.accumulate = true;
   bench.Flops(name + ": sparse, mma.sync", flops,
               [&] { cuda::SparseGradient(context, sparse, cuda::GradientKernel::kTensorCore); });
-  if (context.compute_major == 9) {
+  const bool small = c.block_q % 64 != 0 || c.block_k % 64 != 0;
+  if (small) {
+    bench.Flops(name + ": sparse, row by row", flops,
+                [&] { cuda::SparseGradient(context, sparse, cuda::GradientKernel::kRow); });
+  } else if (context.compute_major == 9) {
     bench.Flops(name + ": sparse, wgmma", flops,
                 [&] { cuda::SparseGradient(context, sparse, cuda::GradientKernel::kHopper); });
   }
@@ -300,7 +305,7 @@ void BenchBackward(Bench& bench, int block_q, double topk, LinearScope scope,
   linear.q = args.q;
   linear.k = args.k;
   linear.v = args.v;
-  linear.scope = scope;
+  linear.scope = c.scope;
   linear.map = &map;
   linear.proj_weight = args.proj_weight;
   linear.d_out = args.d_out;
@@ -311,6 +316,69 @@ void BenchBackward(Bench& bench, int block_q, double topk, LinearScope scope,
   linear.d_proj_weight = args.d_proj_weight;
   bench.Bytes(name + ": linear", 7.0 * args.q.NumBytes(),
               [&] { cuda::LinearGradient(context, linear); });
+  if (!small) return;
+  bench.Bytes(name + ": linear, row by row", 7.0 * args.q.NumBytes(),
+              [&] { cuda::RowLinearGradient(context, linear); });
+}
+
+// The sparse branch alone, by each kernel that takes small blocks.
+void BenchSmallBlocks(Bench& bench, const SparseCase& c, const std::string& name) {
+  if (!bench.Wanted(name)) return;
+  const Tensor q = bench.Random(c.shape(), kBF16), k = bench.Random(c.shape(), kBF16);
+  const Tensor v = bench.Random(c.shape(), kBF16), out = bench.Empty(c.shape(), kBF16);
+  const BlockMap map = bench.backend().MakeBlockMap(MapArgs(c, q, k));
+  cuda::AttentionProblem problem;
+  problem.q = q.raw();
+  problem.k = k.raw();
+  problem.v = v.raw();
+  problem.out = out.raw();
+  problem.batch = c.batch;
+  problem.heads = c.heads;
+  problem.q_length = problem.k_length = c.tokens;
+  problem.head_size = kHeadSize;
+  problem.scale = 1.0f / std::sqrt(static_cast<float>(kHeadSize));
+  problem.list = {map.critical.data<std::int32_t>(),
+                  map.counts.data<std::int32_t>(),
+                  map.classes.dim(2),
+                  map.critical.dim(3),
+                  map.block_q,
+                  map.block_k};
+  const cuda::Context& context = bench.backend().context();
+  using cuda::AttentionKernel;
+  bench.Flops(name + ": mma.sync", c.Flops(),
+              [&] { cuda::RunAttention(context, problem, AttentionKernel::kTensorCore); });
+  bench.Flops(name + ": row by row", c.Flops(),
+              [&] { cuda::RunAttention(context, problem, AttentionKernel::kRow); });
+}
+
+// Models of two heads and a few thousand tokens: a request with guidance, and a batch of training.
+void BenchBlocksOf16(Bench& bench) {
+  for (const std::int64_t batch : {2, 16}) {
+    const std::string name = "small 16x16, batch " + std::to_string(batch);
+    const SparseCase sla{.tokens = 2304,
+                         .heads = 2,
+                         .block_q = 16,
+                         .scope = LinearScope::kMarginal,
+                         .block_k = 16,
+                         .batch = batch,
+                         .negligible = 0.1};
+    SparseCase salad = sla;
+    salad.topk = 0.1;
+    salad.negligible = 0.0;
+    BenchSmallBlocks(bench, sla, name + ": sparse 0.05");
+    BenchSla(bench, sla, true, name + ": SLA 0.05 marginal");
+    BenchSalad(bench, salad, true, name + ": SALAD 0.10");
+    BenchBackward(bench, sla, name + ": backward SLA 0.05");
+  }
+  BenchSla(bench,
+           {.tokens = 7488,
+            .heads = 2,
+            .block_q = 16,
+            .scope = LinearScope::kMarginal,
+            .block_k = 16,
+            .batch = 2,
+            .negligible = 0.1},
+           true, "small 16x16, 7488 tokens: SLA 0.05 marginal");
 }
 
 void BenchMassKept(Bench& bench) {
@@ -375,8 +443,10 @@ void BenchAttention(Bench& bench) {
   BenchLinearBranch(bench, LinearScope::kAll, 64, Feature::kRotatedRelu, "salad branch alone");
   BenchStates(bench, LinearScope::kAll, "sla sums, all");
   BenchStates(bench, LinearScope::kMarginal, "sla sums, marginal 64x64");
-  BenchBackward(bench, 128, 0.05, LinearScope::kAll, "backward all 128x64 topk 0.05");
-  BenchBackward(bench, 64, 0.05, LinearScope::kMarginal, "backward marginal 64x64 topk 0.05");
+  BenchBackward(bench, {}, "backward all 128x64 topk 0.05");
+  BenchBackward(bench, {.block_q = 64, .scope = LinearScope::kMarginal},
+                "backward marginal 64x64 topk 0.05");
+  BenchBlocksOf16(bench);
   BenchMassKept(bench);
   BenchSla(bench, {.tokens = 75600, .heads = 40}, true, "14B shape, SLA 0.05 128x64 all");
   BenchSweeps(bench);

@@ -10,7 +10,8 @@
 namespace slalom::cuda {
 namespace {
 
-constexpr int kTensorCoreBlock = 64;
+constexpr int kHopperBlock = 64;      // what blocks are multiples of
+constexpr int kTensorCoreBlock = 16;  // likewise
 constexpr int kHopperMajor = 9;
 constexpr std::int64_t kScoreBytes = std::int64_t{256}
                                      << 20;  // what ProductAttention takes at once
@@ -35,13 +36,16 @@ std::byte* At(void* base, std::int64_t elements, DType type) {
 AttentionKernel ChooseAttentionKernel(const AttentionProblem& problem, bool aligned,
                                       int compute_major) {
   const bool dense = problem.list.indices == nullptr;
-  const bool blocks_fit = dense || (problem.list.block_q % kTensorCoreBlock == 0 &&
-                                    problem.list.block_k % kTensorCoreBlock == 0);
-  const bool tensor_cores = problem.dtype == DType::kBF16 && aligned && blocks_fit &&
+  const auto blocks_fit = [&](int unit) {
+    return dense || (problem.list.block_q % unit == 0 && problem.list.block_k % unit == 0);
+  };
+  const bool biased = problem.relative_bias != nullptr;
+  const bool tensor_cores = problem.dtype == DType::kBF16 && aligned &&
+                            blocks_fit(biased ? kHopperBlock : kTensorCoreBlock) &&
                             problem.scale > 0 &&
                             (problem.head_size == 64 || problem.head_size == 128);
   if (tensor_cores) {
-    const bool hopper = compute_major == kHopperMajor && problem.relative_bias == nullptr;
+    const bool hopper = compute_major == kHopperMajor && !biased && blocks_fit(kHopperBlock);
     return hopper ? AttentionKernel::kHopper : AttentionKernel::kTensorCore;
   }
   // The library wants rows that are multiples of 16 bytes.

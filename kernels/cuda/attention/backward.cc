@@ -10,7 +10,8 @@
 namespace slalom::cuda {
 namespace {
 
-constexpr int kTensorCoreBlock = 64;
+constexpr int kHopperBlock = 64;      // what blocks are multiples of
+constexpr int kTensorCoreBlock = 16;  // likewise
 constexpr int kHopperMajor = 9;
 
 bool Aligned(const SparseGradientProblem& problem) {
@@ -58,12 +59,15 @@ void LinearPart(const Context& context, const SlaBackwardArgs& args, const Tenso
 
 GradientKernel ChooseGradientKernel(const SparseGradientProblem& problem, bool aligned,
                                     int compute_major) {
-  const bool blocks_fit =
-      problem.keys.block_q % kTensorCoreBlock == 0 && problem.keys.block_k % kTensorCoreBlock == 0;
-  const bool tensor_cores = problem.dtype == DType::kBF16 && aligned && blocks_fit &&
+  const auto blocks_fit = [&](int unit) {
+    return problem.keys.block_q % unit == 0 && problem.keys.block_k % unit == 0;
+  };
+  const bool tensor_cores = problem.dtype == DType::kBF16 && aligned &&
+                            blocks_fit(kTensorCoreBlock) &&
                             (problem.head_size == 64 || problem.head_size == 128);
   if (!tensor_cores) return GradientKernel::kRow;
-  return compute_major == kHopperMajor ? GradientKernel::kHopper : GradientKernel::kTensorCore;
+  const bool hopper = compute_major == kHopperMajor && blocks_fit(kHopperBlock);
+  return hopper ? GradientKernel::kHopper : GradientKernel::kTensorCore;
 }
 
 void SparseGradient(const Context& context, const SparseGradientProblem& problem) {

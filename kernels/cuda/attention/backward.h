@@ -72,7 +72,7 @@ struct LinearGradientArgs : LinearBranchInputs {
 
 // D is a multiple of 8 up to 384. Chooses between the two.
 void LinearGradient(const Context& context, const LinearGradientArgs& args);
-// bf16 with D 64 or 128, 16-byte aligned, and for scopes other than kAll blocks in multiples of 64.
+// bf16 with D 64 or 128, 16-byte aligned, and for scopes other than kAll blocks in multiples of 16.
 bool TensorCoreLinearGradientFits(const LinearGradientArgs& args);
 void TensorCoreLinearGradient(const Context& context, const LinearGradientArgs& args);
 // One warp per row, over all pairs of rows: anything, slowly.

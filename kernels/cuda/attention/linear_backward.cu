@@ -49,7 +49,8 @@ struct RowParameters {
   std::int64_t length;
   int heads, first_head;  // of all samples' heads
   int matrices_per_head;
-  int rows_per_matrix;  // a multiple of kTile unless there is one matrix
+  int rows_per_matrix;  // a multiple of tile_rows unless there is one matrix
+  int tile_rows;        // of a tile that are used
   int tiles;            // of rows for one block of threads; they share a matrix
 };
 
@@ -201,7 +202,7 @@ __global__ void __launch_bounds__(kRowThreads, 2) RowKernel(const RowParameters 
   auto& shared = *reinterpret_cast<RowStorage<kD>*>(dynamic_shared);
   const int head_index = p.first_head + blockIdx.y;
   const std::int64_t row_stride = std::int64_t{p.heads} * kD;
-  const std::int64_t first = std::int64_t{blockIdx.x} * p.tiles * kTile;
+  const std::int64_t first = std::int64_t{blockIdx.x} * p.tiles * p.tile_rows;
   const std::int64_t start =
       head_index / p.heads * p.length * row_stride + head_index % p.heads * kD;
   const std::int64_t own = p.matrices_per_head == 1 ? 0 : first / p.rows_per_matrix;
@@ -211,14 +212,14 @@ __global__ void __launch_bounds__(kRowThreads, 2) RowKernel(const RowParameters 
   for (int c = threadIdx.x; c < kD; c += kRowThreads) {
     shared.vector[c] = ToFloat(p.vectors[matrix + kD * kD + c]);
   }
-  const int row = static_cast<int>(threadIdx.x) / 32 * 16;
-  const int tiles =
-      static_cast<int>(min(std::int64_t{p.tiles}, (p.length - first + kTile - 1) / kTile));
+  const int row = static_cast<int>(threadIdx.x) / 32 * kWarpRows;
+  const int tiles = static_cast<int>(
+      min(std::int64_t{p.tiles}, (p.length - first + p.tile_rows - 1) / p.tile_rows));
   const auto rows_of = [&](int i) {
-    return static_cast<int>(min(std::int64_t{kTile}, p.length - first - i * kTile));
+    return static_cast<int>(min(std::int64_t{p.tile_rows}, p.length - first - i * p.tile_rows));
   };
   const auto copy = [&](int i) {
-    const std::int64_t at = start + (first + i * kTile) * row_stride;
+    const std::int64_t at = start + (first + i * p.tile_rows) * row_stride;
     CopyTile<kD, kRowThreads>(shared.tiles[i % 2].x, p.x + at, row_stride, rows_of(i));
     CopyTile<kD, kRowThreads>(shared.tiles[i % 2].y, p.y + at, row_stride, rows_of(i));
   };
@@ -230,13 +231,15 @@ __global__ void __launch_bounds__(kRowThreads, 2) RowKernel(const RowParameters 
     CopyAsyncCommit();
     CopyAsyncWait<1>();
     __syncthreads();
-    RowTiles<kD>& own_tiles = shared.tiles[i % 2];
-    const std::int64_t token = first + i * kTile;
-    RowTile<kD, kQueries>(p, shared, own_tiles, row, token, head_index * p.length);
-    __syncwarp();
-    const std::int64_t at = start + token * row_stride;
-    StoreTileRows<kD>(own_tiles.x, row, rows_of(i), p.product + at, row_stride);
-    StoreTileRows<kD>(own_tiles.y, row, rows_of(i), p.d_x + at, row_stride);
+    if (row < rows_of(i)) {
+      RowTiles<kD>& own_tiles = shared.tiles[i % 2];
+      const std::int64_t token = first + i * p.tile_rows;
+      RowTile<kD, kQueries>(p, shared, own_tiles, row, token, head_index * p.length);
+      __syncwarp();
+      const std::int64_t at = start + token * row_stride;
+      StoreTileRows<kD>(own_tiles.x, row, rows_of(i), p.product + at, row_stride);
+      StoreTileRows<kD>(own_tiles.y, row, rows_of(i), p.d_x + at, row_stride);
+    }
     __syncthreads();  // the tiles are free
   }
 }
@@ -390,7 +393,8 @@ class Run {
     const int rows = per_head == 1 ? static_cast<int>(length_)
                      : kQueries    ? args_.map->block_q
                                    : args_.map->block_k;
-    const std::int64_t in_block = Blocks(rows, kTile);
+    const int tile_rows = per_head == 1 ? kTile : TileRows(rows);
+    const std::int64_t in_block = Blocks(rows, tile_rows);
     // Tiles that share a matrix: all of a block's, or a few of the whole sequence.
     const std::int64_t tiles =
         per_head == 1 ? std::min<std::int64_t>(kMostTiles, in_block) : in_block;
@@ -407,12 +411,13 @@ class Run {
                                    static_cast<int>(first),
                                    per_head,
                                    rows,
+                                   tile_rows,
                                    static_cast<int>(tiles)};
     constexpr std::size_t kBytes = sizeof(RowStorage<kD>);
     Check(cudaFuncSetAttribute(RowKernel<kD, kQueries>, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                static_cast<int>(kBytes)),
           "LinearGradient: shared memory");
-    const dim3 grid(static_cast<unsigned>(Blocks(length_, tiles * kTile)),
+    const dim3 grid(static_cast<unsigned>(Blocks(length_, tiles * tile_rows)),
                     static_cast<unsigned>(heads));
     RowKernel<kD, kQueries><<<grid, kRowThreads, kBytes, context_.stream>>>(parameters);
     CheckLaunch("LinearGradient: rows");
@@ -445,8 +450,7 @@ class Run {
     const std::int64_t chunks = Blocks(length_, problem.chunk);
     problem.states =
         context_.Allocate({heads, chunks, kElements}, whole_ ? DType::kF32 : DType::kBF16);
-    kernel == StateKernelKind::kHopper ? HopperStates(context_, problem)
-                                       : TensorCoreStates(context_, problem);
+    RunStates(context_, problem, kernel);
     if (!whole_) {
       Normaliser<bf16>(problem);
       return problem.states;

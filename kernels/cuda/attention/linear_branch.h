@@ -63,7 +63,7 @@ void VisitLinearStates(const Context& context, const LinearBranchInputs& inputs,
                        StateKernelKind kernel,
                        const std::function<void(const LinearStates&)>& visit);
 
-// bf16 with D 64 or 128, 16-byte aligned, and for scopes other than kAll blocks in multiples of 64.
+// bf16 with D 64 or 128, 16-byte aligned, and for scopes other than kAll blocks in multiples of 16.
 bool TensorCoreLinearBranchFits(const LinearBranchArgs& args);
 void TensorCoreLinearBranch(const Context& context, const LinearBranchArgs& args,
                             StateKernelKind kernel);

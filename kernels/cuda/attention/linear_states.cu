@@ -126,11 +126,6 @@ void SumScope(const Context& context, const LinearBranchInputs& inputs, std::int
   context.gemm->Run(product);
 }
 
-void RunStates(const Context& context, const StateProblem& problem, StateKernelKind kernel) {
-  kernel == StateKernelKind::kHopper ? HopperStates(context, problem)
-                                     : TensorCoreStates(context, problem);
-}
-
 // Every key in scope: one sum per head, which the projection, transposed, is folded into.
 template <int kD>
 void SumAll(const Context& context, const LinearBranchInputs& inputs, StateKernelKind kernel,
@@ -213,6 +208,12 @@ void Visit(const Context& context, const LinearBranchInputs& inputs, StateKernel
 }
 
 }  // namespace
+
+void RunStates(const Context& context, const StateProblem& problem, StateKernelKind kernel) {
+  const bool whole_tiles = problem.chunk % kTile == 0;
+  kernel == StateKernelKind::kHopper&& whole_tiles ? HopperStates(context, problem)
+                                                   : TensorCoreStates(context, problem);
+}
 
 StateKernelKind ChooseStateKernel(int compute_major) {
   return compute_major == kHopperMajor ? StateKernelKind::kHopper : StateKernelKind::kTensorCore;

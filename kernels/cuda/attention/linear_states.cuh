@@ -3,6 +3,7 @@
 
 #include "kernels/core/tensor.h"
 #include "kernels/cuda/attention/features.cuh"
+#include "kernels/cuda/attention/linear_branch.h"
 #include "kernels/cuda/context.h"
 #include "kernels/cuda/vector.cuh"
 
@@ -15,7 +16,7 @@ struct StateProblem {
   std::int64_t batch = 0, length = 0, heads = 0;
   int head_size = 0;
   int first_head = 0;  // of all samples' heads
-  int chunk = 0;       // keys per state, a multiple of 64
+  int chunk = 0;       // keys per state, a multiple of 16
   // [heads from first_head on, chunks, D + 1, D] f32 or bf16: rows 0 .. D - 1 of a chunk are its
   // sum of feature(k)^T v, row D is the sum of the normalisers.
   Tensor states;
@@ -25,7 +26,11 @@ struct StateProblem {
 std::int64_t TensorCoreStateBlocks(const Context& context);
 void TensorCoreStates(const Context& context, const StateProblem& problem);
 
+// For chunks in multiples of 64.
 std::int64_t HopperStateBlocks(const Context& context, int head_size);
 void HopperStates(const Context& context, const StateProblem& problem);
+
+// By `kernel` where it takes these chunks.
+void RunStates(const Context& context, const StateProblem& problem, StateKernelKind kernel);
 
 }  // namespace slalom::cuda

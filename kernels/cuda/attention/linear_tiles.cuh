@@ -9,7 +9,14 @@
 
 namespace slalom::cuda::linear_tiles {
 
-inline constexpr int kTile = 64;  // tokens in shared memory at once
+inline constexpr int kTile = 64;      // tokens in shared memory at once
+inline constexpr int kWarpRows = 16;  // of a tile, that a warp has
+
+// Rows of a tile that are used where blocks of `block` rows, a multiple of kWarpRows, have a matrix
+// each: a tile does not reach beyond its block.
+constexpr int TileRows(int block) {
+  return block % kTile == 0 ? kTile : block % (kTile / 2) == 0 ? kTile / 2 : kWarpRows;
+}
 
 __device__ inline std::uint32_t SharedAddress(const void* pointer) {
   return static_cast<std::uint32_t>(__cvta_generic_to_shared(pointer));

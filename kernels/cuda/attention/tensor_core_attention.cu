@@ -1,6 +1,7 @@
 // Softmax attention for sm_80 and newer, with mma.sync (after FlashAttention-2, arXiv 2307.08691):
 // a warp owns 16 query rows, keeps Q, the scores and the output in registers, and walks along the
-// key blocks, which cp.async brings one ahead.
+// key blocks, which cp.async brings one ahead. Lists of blocks of 16 or 32 are walked along in
+// units of 16 keys, by blocks of one warp: each has a list of its own.
 #include "kernels/cuda/attention/key_blocks.cuh"
 #include "kernels/cuda/attention/mma_tiles.cuh"
 #include "kernels/cuda/attention/online_softmax.cuh"
@@ -11,7 +12,6 @@ namespace slalom::cuda {
 namespace {
 
 constexpr int kRowsPerWarp = 16;
-constexpr int kScores = kKeyBlock / 2;  // registers per thread
 
 struct Parameters {
   BlockList list;
@@ -27,21 +27,22 @@ struct Parameters {
   float scale;
 };
 
-template <int kD>
+template <int kD, int kKeys>
 struct alignas(128) SharedTiles {
-  bf16 k[2][kKeyBlock][kD];
-  bf16 v[2][kKeyBlock][kD];
+  bf16 k[2][kKeys][kD];
+  bf16 v[2][kKeys][kD];
 };
 
-template <int kD>
-__device__ void ComputeScores(float (&scores)[kScores], const std::uint32_t (&q)[kD / 16][4],
-                              const bf16 (&k)[kKeyBlock][kD]) {
+// A thread has kKeys / 2 scores.
+template <int kD, int kKeys>
+__device__ void ComputeScores(float (&scores)[kKeys / 2], const std::uint32_t (&q)[kD / 16][4],
+                              const bf16 (&k)[kKeys][kD]) {
   const auto base = static_cast<std::uint32_t>(__cvta_generic_to_shared(&k));
   const int lane = threadIdx.x % 32;
   const int row = lane / 16 * 8 + lane % 8;
   const int half = lane / 8 % 2;
 #pragma unroll
-  for (int pair = 0; pair < kKeyBlock / 16; ++pair) {
+  for (int pair = 0; pair < kKeys / 16; ++pair) {
     float sums[2][4] = {};
 #pragma unroll
     for (int step = 0; step < kD / 16; ++step) {
@@ -55,16 +56,16 @@ __device__ void ComputeScores(float (&scores)[kScores], const std::uint32_t (&q)
   }
 }
 
-template <int kD>
+template <int kD, int kKeys>
 __device__ void AddOutput(float (&output)[kD / 2],
-                          const std::uint32_t (&probabilities)[kScores / 8][4],
-                          const bf16 (&v)[kKeyBlock][kD]) {
+                          const std::uint32_t (&probabilities)[kKeys / 16][4],
+                          const bf16 (&v)[kKeys][kD]) {
   const auto base = static_cast<std::uint32_t>(__cvta_generic_to_shared(&v));
   const int lane = threadIdx.x % 32;
   const int row = lane % 16;
   const int half = lane / 16;
 #pragma unroll
-  for (int step = 0; step < kKeyBlock / 16; ++step) {
+  for (int step = 0; step < kKeys / 16; ++step) {
 #pragma unroll
     for (int pair = 0; pair < kD / 16; ++pair) {
       std::uint32_t values[4];
@@ -79,6 +80,7 @@ __device__ void AddOutput(float (&output)[kD / 2],
 }
 
 // Scales the scores and adds the bias of their distances; the softmax then takes them as they are.
+template <int kScores>
 __device__ inline void AddBias(float (&scores)[kScores], const Parameters& parameters, int head,
                                int row, int first_key) {
   const int column = 2 * (threadIdx.x % 4);
@@ -95,6 +97,7 @@ __device__ inline void AddBias(float (&scores)[kScores], const Parameters& param
   }
 }
 
+template <int kScores>
 __device__ inline void MaskKeys(float (&scores)[kScores], int keys) {
   const int column = 2 * (threadIdx.x % 4);
 #pragma unroll
@@ -125,20 +128,20 @@ __device__ void StoreTile(const Parameters& parameters, const OnlineSoftmax& sof
   StoreRows(output, rows[0], rows[1]);
 }
 
-template <int kD, int kWarps, bool kBias>
+template <int kD, int kWarps, int kKeys, bool kBias>
 __global__ void __launch_bounds__(kWarps * 32, kD == 64 ? 12 / kWarps : 8 / kWarps)
     TensorCoreAttentionKernel(const Parameters parameters) {
   extern __shared__ std::byte dynamic_shared[];
-  auto& shared = *reinterpret_cast<SharedTiles<kD>*>(dynamic_shared);
+  auto& shared = *reinterpret_cast<SharedTiles<kD, kKeys>*>(dynamic_shared);
   constexpr int kThreads = kWarps * 32;
   const int first_row = blockIdx.x * kWarps * kRowsPerWarp;
   const int head = blockIdx.y;
   const int sample = blockIdx.z;
   const int lane = threadIdx.x % 32;
   const int row = first_row + static_cast<int>(threadIdx.x) / 32 * kRowsPerWarp + lane / 4;
-  const KeyBlocks keys =
-      KeyBlocksOfTile(parameters.list, parameters.k_length,
-                      static_cast<std::int64_t>(sample) * parameters.heads + head, first_row);
+  const auto keys = KeyBlocksOfTile<kKeys>(
+      parameters.list, parameters.k_length,
+      static_cast<std::int64_t>(sample) * parameters.heads + head, first_row);
   const std::int64_t stride = static_cast<std::int64_t>(parameters.heads) * kD;
   const std::int64_t kv_start =
       static_cast<std::int64_t>(sample) * parameters.k_length * stride + head * kD;
@@ -166,14 +169,14 @@ __global__ void __launch_bounds__(kWarps * 32, kD == 64 ? 12 / kWarps : 8 / kWar
     CopyAsyncCommit();
     CopyAsyncWait<1>();
     __syncthreads();
-    float scores[kScores];
+    float scores[kKeys / 2];
     ComputeScores<kD>(scores, q, shared.k[block % 2]);
     if constexpr (kBias) AddBias(scores, parameters, head, row, keys.Start(block));
     if (block == keys.count - 1) MaskKeys(scores, keys.Keys(block));
     float correction[2];
     softmax.Update(scores, correction);
     CorrectRows(output, correction);
-    std::uint32_t probabilities[kScores / 8][4];
+    std::uint32_t probabilities[kKeys / 16][4];
     PackProbabilities(scores, probabilities);
     AddOutput<kD>(output, probabilities, shared.v[block % 2]);
     __syncthreads();
@@ -182,11 +185,11 @@ __global__ void __launch_bounds__(kWarps * 32, kD == 64 ? 12 / kWarps : 8 / kWar
   StoreTile<kD>(parameters, softmax, output, keys.count > 0, row, head, sample);
 }
 
-template <int kD, int kWarps, bool kBias>
+template <int kD, int kWarps, int kKeys, bool kBias>
 void Launch(const Context& context, const AttentionProblem& problem) {
-  constexpr std::size_t kSharedBytes = sizeof(SharedTiles<kD>);
-  Check(cudaFuncSetAttribute(TensorCoreAttentionKernel<kD, kWarps, kBias>,
-                             cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes),
+  constexpr std::size_t kSharedBytes = sizeof(SharedTiles<kD, kKeys>);
+  const auto kernel = TensorCoreAttentionKernel<kD, kWarps, kKeys, kBias>;
+  Check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes),
         "TensorCoreAttention: shared memory");
   const Parameters parameters{problem.list,
                               static_cast<const bf16*>(problem.q),
@@ -202,16 +205,20 @@ void Launch(const Context& context, const AttentionProblem& problem) {
   constexpr int kRows = kWarps * kRowsPerWarp;
   const dim3 grid(static_cast<unsigned>((problem.q_length + kRows - 1) / kRows),
                   static_cast<unsigned>(problem.heads), static_cast<unsigned>(problem.batch));
-  TensorCoreAttentionKernel<kD, kWarps, kBias>
-      <<<grid, kWarps * 32, kSharedBytes, context.stream>>>(parameters);
+  kernel<<<grid, kWarps * 32, kSharedBytes, context.stream>>>(parameters);
   CheckLaunch("TensorCoreAttention");
 }
 
 template <int kD>
 void LaunchForHeadSize(const Context& context, const AttentionProblem& problem) {
-  if (problem.relative_bias != nullptr) return Launch<kD, 4, true>(context, problem);
-  const bool narrow = problem.list.indices != nullptr && problem.list.block_q % 128 != 0;
-  narrow ? Launch<kD, 4, false>(context, problem) : Launch<kD, 8, false>(context, problem);
+  const BlockList& list = problem.list;
+  if (problem.relative_bias != nullptr) return Launch<kD, 4, kKeyBlock, true>(context, problem);
+  if (list.indices == nullptr) return Launch<kD, 8, kKeyBlock, false>(context, problem);
+  if (list.block_q % kKeyBlock != 0 || list.block_k % kKeyBlock != 0) {
+    return Launch<kD, 1, kSmallKeyBlock, false>(context, problem);
+  }
+  list.block_q % 128 == 0 ? Launch<kD, 8, kKeyBlock, false>(context, problem)
+                          : Launch<kD, 4, kKeyBlock, false>(context, problem);
 }
 
 }  // namespace

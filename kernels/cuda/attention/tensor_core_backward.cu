@@ -2,6 +2,7 @@
 // warp owns 16 rows (queries for d_q, keys for d_k and d_v), keeps both of their operands in
 // registers, and walks along the listed blocks of the other side, which cp.async brings one ahead.
 // What a product leaves in registers (P, dS, or their transposes) is the next one's left operand.
+// Blocks of threads have tiles of 64 rows, or of 16 (one warp) where blocks are smaller than 64.
 #include "kernels/cuda/attention/mma_tiles.cuh"
 #include "kernels/cuda/attention/online_softmax.cuh"
 #include "kernels/cuda/attention/sparse_gradient.cuh"
@@ -9,13 +10,12 @@
 namespace slalom::cuda {
 namespace {
 
-constexpr int kTile = kKeyBlock;  // rows of either side at once
-constexpr int kWarps = 4;
-constexpr int kThreads = kWarps * 32;
+constexpr int kRowsPerWarp = 16;
 
 using Parameters = SparseGradientParameters;
 
-template <int kD>
+// kTile: rows of either side at once.
+template <int kD, int kTile>
 struct alignas(128) SharedTiles {
   bf16 first[2][kTile][kD];   // K, or Q
   bf16 second[2][kTile][kD];  // V, or d_out
@@ -24,7 +24,7 @@ struct alignas(128) SharedTiles {
 };
 
 // products = own rows times 16 rows of a tile, from `first_row` on: two fragments of 8 columns.
-template <int kD>
+template <int kD, int kTile>
 __device__ inline void MultiplyRows(float (&products)[2][4], const std::uint32_t (&own)[kD / 16][4],
                                     const bf16 (&tile)[kTile][kD], int first_row) {
   const auto base = static_cast<std::uint32_t>(__cvta_generic_to_shared(&tile));
@@ -42,7 +42,7 @@ __device__ inline void MultiplyRows(float (&products)[2][4], const std::uint32_t
 }
 
 // sums [16, kD] += weights [16, 16] times 16 rows of a tile, from `first_row` on.
-template <int kD>
+template <int kD, int kTile>
 __device__ inline void AddRows(float (&sums)[kD / 8][4], const std::uint32_t (&weights)[4],
                                const bf16 (&tile)[kTile][kD], int first_row) {
   const auto base = static_cast<std::uint32_t>(__cvta_generic_to_shared(&tile));
@@ -87,15 +87,16 @@ __device__ void StoreOwn(const float (&sums)[kD / 8][4], float factor, bool accu
 }
 
 // What both kernels begin with.
-template <int kD>
+template <int kD, int kTile>
 struct Walk {
+  static constexpr int kThreads = kTile / kRowsPerWarp * 32;
   const Parameters& p;
-  SharedTiles<kD>& shared;
+  SharedTiles<kD, kTile>& shared;
   const int head, sample;
   const std::int64_t stride, start, rows_start;
-  const KeyBlocks blocks;
+  const KeyBlocksOf<kTile> blocks;
 
-  __device__ Walk(const Parameters& parameters, SharedTiles<kD>& tiles)
+  __device__ Walk(const Parameters& parameters, SharedTiles<kD, kTile>& tiles)
       : p(parameters),
         shared(tiles),
         head(blockIdx.y),
@@ -103,12 +104,12 @@ struct Walk {
         stride(std::int64_t{p.heads} * kD),
         start(std::int64_t{sample} * p.length * stride + head * kD),
         rows_start((std::int64_t{sample} * p.heads + head) * p.length),
-        blocks(KeyBlocksOfTile(p.list, p.length, std::int64_t{sample} * p.heads + head,
-                               static_cast<int>(blockIdx.x) * kTile)) {}
+        blocks(KeyBlocksOfTile<kTile>(p.list, p.length, std::int64_t{sample} * p.heads + head,
+                                      static_cast<int>(blockIdx.x) * kTile)) {}
 
   __device__ static int Row() {
     const int thread = threadIdx.x;
-    return static_cast<int>(blockIdx.x) * kTile + thread / 32 * 16 + thread % 32 / 4;
+    return static_cast<int>(blockIdx.x) * kTile + thread / 32 * kRowsPerWarp + thread % 32 / 4;
   }
 
   // `queries`: bring lse and delta of the block's rows too. Rows that are not there get a lse that
@@ -143,12 +144,13 @@ struct Walk {
   }
 };
 
-// Grid (tiles of 64 queries, heads, samples).
-template <int kD>
-__global__ void __launch_bounds__(kThreads, 2) QueryGradientKernel(const Parameters p) {
+// Grid (tiles of queries, heads, samples).
+template <int kD, int kTile>
+__global__ void __launch_bounds__(kTile / kRowsPerWarp * 32, 2)
+    QueryGradientKernel(const Parameters p) {
   extern __shared__ std::byte dynamic_shared[];
-  Walk<kD> walk(p, *reinterpret_cast<SharedTiles<kD>*>(dynamic_shared));
-  const int row = Walk<kD>::Row();
+  Walk<kD, kTile> walk(p, *reinterpret_cast<SharedTiles<kD, kTile>*>(dynamic_shared));
+  const int row = walk.Row();
   std::uint32_t q[kD / 16][4], d_out[kD / 16][4];
   LoadRowFragments<kD>(q, p.q + walk.start, walk.stride, row, p.length);
   LoadRowFragments<kD>(d_out, p.d_out + walk.start, walk.stride, row, p.length);
@@ -184,12 +186,13 @@ __global__ void __launch_bounds__(kThreads, 2) QueryGradientKernel(const Paramet
   StoreOwn<kD>(sums, p.scale, p.accumulate, p.d_q + walk.start, walk.stride, row, p.length);
 }
 
-// Grid (tiles of 64 keys, heads, samples). Scores are transposed: rows are keys.
-template <int kD>
-__global__ void __launch_bounds__(kThreads, 2) KeyGradientKernel(const Parameters p) {
+// Grid (tiles of keys, heads, samples). Scores are transposed: rows are keys.
+template <int kD, int kTile>
+__global__ void __launch_bounds__(kTile / kRowsPerWarp * 32, 2)
+    KeyGradientKernel(const Parameters p) {
   extern __shared__ std::byte dynamic_shared[];
-  Walk<kD> walk(p, *reinterpret_cast<SharedTiles<kD>*>(dynamic_shared));
-  const int row = Walk<kD>::Row();
+  Walk<kD, kTile> walk(p, *reinterpret_cast<SharedTiles<kD, kTile>*>(dynamic_shared));
+  const int row = walk.Row();
   std::uint32_t k[kD / 16][4], v[kD / 16][4];
   LoadRowFragments<kD>(k, p.k + walk.start, walk.stride, row, p.length);
   LoadRowFragments<kD>(v, p.v + walk.start, walk.stride, row, p.length);
@@ -223,19 +226,27 @@ __global__ void __launch_bounds__(kThreads, 2) KeyGradientKernel(const Parameter
   StoreOwn<kD>(d_v, 1.0f, p.accumulate, p.d_v + walk.start, walk.stride, row, p.length);
 }
 
-template <int kD>
+template <int kD, int kTile>
 void Run(const Context& context, const SparseGradientProblem& problem) {
-  constexpr std::size_t kBytes = sizeof(SharedTiles<kD>);
-  LaunchSparseGradient(context, problem, QueryGradientKernel<kD>, kThreads, kBytes, kTile,
+  constexpr std::size_t kBytes = sizeof(SharedTiles<kD, kTile>);
+  constexpr int kThreads = Walk<kD, kTile>::kThreads;
+  LaunchSparseGradient(context, problem, QueryGradientKernel<kD, kTile>, kThreads, kBytes, kTile,
                        Parameters::Of(problem, false));
-  LaunchSparseGradient(context, problem, KeyGradientKernel<kD>, kThreads, kBytes, kTile,
+  LaunchSparseGradient(context, problem, KeyGradientKernel<kD, kTile>, kThreads, kBytes, kTile,
                        Parameters::Of(problem, true));
+}
+
+template <int kD>
+void RunForBlocks(const Context& context, const SparseGradientProblem& problem) {
+  const bool small = problem.keys.block_q % kKeyBlock != 0 || problem.keys.block_k % kKeyBlock != 0;
+  small ? Run<kD, kSmallKeyBlock>(context, problem) : Run<kD, kKeyBlock>(context, problem);
 }
 
 }  // namespace
 
 void TensorCoreSparseGradient(const Context& context, const SparseGradientProblem& problem) {
-  problem.head_size == 128 ? Run<128>(context, problem) : Run<64>(context, problem);
+  problem.head_size == 128 ? RunForBlocks<128>(context, problem)
+                           : RunForBlocks<64>(context, problem);
 }
 
 }  // namespace slalom::cuda

@@ -24,6 +24,7 @@ struct ApplyParameters {
   const bf16* states;  // [heads, states_per_head, kD + 1, kD]
   int states_per_head;
   int block_q;         // queries that share a state; all of them when states_per_head is 1
+  int tile_rows;       // queries of a tile: TileRows(block_q)
   int tiles;           // of queries for one block of threads; 1 with a weight
   const bf16* weight;  // [kD, kD], transposed, or null
   const float* bias;   // [kD] or null
@@ -141,23 +142,24 @@ __global__ void __launch_bounds__(kApplyThreads) ApplyKernel(const ApplyParamete
   auto& tiles = *reinterpret_cast<ApplyTiles<kD>*>(dynamic_shared);
   const int head_index = p.first_head + blockIdx.y;
   const std::int64_t row_stride = std::int64_t{p.heads} * kD;
-  const std::int64_t first = static_cast<std::int64_t>(blockIdx.x) * p.tiles * kTile;
+  const std::int64_t first = static_cast<std::int64_t>(blockIdx.x) * p.tiles * p.tile_rows;
   const std::int64_t start =
       (head_index / p.heads * p.length + first) * row_stride + head_index % p.heads * kD;
   const std::int64_t rest = p.length - first;  // queries
-  const int count = static_cast<int>(min(std::int64_t{p.tiles}, (rest + kTile - 1) / kTile));
+  const int count =
+      static_cast<int>(min(std::int64_t{p.tiles}, (rest + p.tile_rows - 1) / p.tile_rows));
   const std::int64_t own = p.states_per_head == 1 ? 0 : first / p.block_q;
   const bf16* state =
       p.states + (std::int64_t{blockIdx.y} * p.states_per_head + own) * ((kD + 1) * kD);
   const auto rows_of = [&](int i) {
-    return static_cast<int>(min(std::int64_t{kTile}, rest - i * kTile));
+    return static_cast<int>(min(std::int64_t{p.tile_rows}, rest - i * p.tile_rows));
   };
   const auto tile_of = [&](int i) -> QueryTile<kD>& {
     return i % 2 == 0 ? tiles.first : tiles.second;
   };
   const auto load = [&](int i) {
     QueryTile<kD>& to = tile_of(i);
-    const std::int64_t at = start + i * kTile * row_stride;
+    const std::int64_t at = start + i * p.tile_rows * row_stride;
     CopyTile<kD, kApplyThreads>(to.q, p.q + at, row_stride, rows_of(i));
     if (p.accumulate) CopyTile<kD, kApplyThreads>(to.out, p.out + at, row_stride, rows_of(i));
   };
@@ -168,7 +170,7 @@ __global__ void __launch_bounds__(kApplyThreads) ApplyKernel(const ApplyParamete
   for (int c = threadIdx.x; c < kD; c += kApplyThreads) {
     tiles.normaliser[c] = ToFloat(state[kD * kD + c]);
   }
-  const int row = static_cast<int>(threadIdx.x) / 32 * 16;
+  const int row = static_cast<int>(threadIdx.x) / 32 * kWarpRows;
 #pragma unroll 1
   for (int i = 0; i < count; ++i) {
     if (i + 1 < count) load(i + 1);
@@ -176,12 +178,14 @@ __global__ void __launch_bounds__(kApplyThreads) ApplyKernel(const ApplyParamete
     CopyAsyncWait<1>();
     __syncthreads();
     QueryTile<kD>& tile = tile_of(i);
-    float sums[kD / 8][4];
-    MultiplyTile<kD>(p, tiles, tile.q, row, first + i * kTile + row, sums);
-    FinishTile<kD>(p, tile.out, row, sums);
-    __syncwarp();
-    StoreTileRows<kD>(tile.out, row, rows_of(i), p.out + start + i * kTile * row_stride,
-                      row_stride);
+    if (row < rows_of(i)) {
+      float sums[kD / 8][4];
+      MultiplyTile<kD>(p, tiles, tile.q, row, first + i * p.tile_rows + row, sums);
+      FinishTile<kD>(p, tile.out, row, sums);
+      __syncwarp();
+      StoreTileRows<kD>(tile.out, row, rows_of(i), p.out + start + i * p.tile_rows * row_stride,
+                        row_stride);
+    }
     __syncthreads();  // the tile is free
   }
 }
@@ -193,6 +197,7 @@ void Apply(const Context& context, const LinearBranchArgs& args, const LinearSta
   const bool rotated = args.feature == Feature::kRotatedRelu;
   // One wave of blocks for one sample's heads where they may take any number of tiles.
   const std::int64_t blocks = std::max<std::int64_t>(kBlocksPerSm * context.sm_count / heads, 1);
+  const int tile_rows = whole ? kTile : TileRows(args.map->block_q);
   const std::int64_t tiles = (length + kTile - 1) / kTile;
   const ApplyParameters apply{{args.feature, rotated ? args.cos.data<float>() : nullptr,
                                rotated ? args.sin.data<float>() : nullptr},
@@ -204,6 +209,7 @@ void Apply(const Context& context, const LinearBranchArgs& args, const LinearSta
                               states.sums.data<bf16>(),
                               states.states_per_head,
                               whole ? 1 : args.map->block_q,
+                              tile_rows,
                               whole ? static_cast<int>((tiles + blocks - 1) / blocks) : 1,
                               states.weight.defined() ? states.weight.data<bf16>() : nullptr,
                               args.proj_weight.defined() ? args.proj_bias.data<float>() : nullptr,
@@ -212,7 +218,7 @@ void Apply(const Context& context, const LinearBranchArgs& args, const LinearSta
   Check(cudaFuncSetAttribute(ApplyKernel<kD>, cudaFuncAttributeMaxDynamicSharedMemorySize,
                              static_cast<int>(kBytes)),
         "LinearBranch: shared memory");
-  const std::int64_t rows = std::int64_t{apply.tiles} * kTile;
+  const std::int64_t rows = std::int64_t{apply.tiles} * tile_rows;
   const dim3 grid(static_cast<unsigned>((length + rows - 1) / rows),
                   static_cast<unsigned>(states.heads));
   ApplyKernel<kD><<<grid, kApplyThreads, kBytes, context.stream>>>(apply);
@@ -225,8 +231,8 @@ bool TensorCoreLinearBranchFits(const LinearBranchArgs& args) {
   const auto aligned = [](const Tensor& x) {
     return reinterpret_cast<std::uintptr_t>(x.raw()) % 16 == 0;
   };
-  const bool blocks_fit = args.scope == LinearScope::kAll ||
-                          (args.map->block_q % kTile == 0 && args.map->block_k % kTile == 0);
+  const bool blocks_fit = args.scope == LinearScope::kAll || (args.map->block_q % kWarpRows == 0 &&
+                                                              args.map->block_k % kWarpRows == 0);
   return args.q.dtype() == DType::kBF16 && (args.q.dim(3) == 64 || args.q.dim(3) == 128) &&
          blocks_fit && aligned(args.q) && aligned(args.k) && aligned(args.v) && aligned(args.out) &&
          aligned(args.proj_weight) && aligned(args.proj_bias) && aligned(args.cos) &&

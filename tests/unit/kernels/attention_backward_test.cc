@@ -218,6 +218,15 @@ TEST_P(AttentionBackwardTest, SlaFastShapes) {
   }
 }
 
+TEST_P(AttentionBackwardTest, SlaBlocksOf16) {
+  for (const LinearScope scope : kScopes) {
+    RunSla({.length = 170, .heads = 2, .size = 128, .scope = scope},
+           RandomClasses(1, 2, 170, 16, 16));
+    RunSla({2, 130, 1, 64, scope, FeatureMap::kElu}, RandomClasses(2, 1, 130, 32, 16));
+    RunSla({.length = 150, .size = 64, .scope = scope}, RandomClasses(1, 1, 150, 16, 64));
+  }
+}
+
 TEST_P(AttentionBackwardTest, SlaEmptySets) {
   Classes none = RandomClasses(1, 1, 128, 32, 32);
   for (const BlockClass only :
@@ -247,6 +256,7 @@ TEST_P(AttentionBackwardTest, SaladMapsAndGates) {
 TEST_P(AttentionBackwardTest, SaladFastShapes) {
   RunSalad({3, 6, 9}, true, SaladGate::kToken, true, 2, 64, 64);
   RunSalad({2, 7, 11}, false, SaladGate::kSample, true, 1, 128, 64);
+  RunSalad({2, 7, 11}, false, SaladGate::kToken, true, 2, 128, 16);
   RunSalad({4, 8, 8}, false, SaladGate::kToken, true, 2, 64, 64);  // the projection's sum in parts
 }
 

@@ -31,6 +31,16 @@ class AttentionTest : public SparseAttentionTest {
     return {map.block_q, map.block_k, s[0], s[1], s[2], s[3], DownloadBytes(map.classes), map.grid};
   }
 
+  // A map that the backend has ranked.
+  Classes TopKClasses(std::int64_t batch, std::int64_t length, std::int64_t heads,
+                      std::int64_t size, double topk, double negligible, int block) {
+    const Qkv in = RandomQkv(batch, length, heads, size);
+    return ClassesOf(
+        backend().MakeBlockMap({.q = Upload(in.q, type()),
+                                .k = Upload(in.k, type()),
+                                .options = {BlockMapKind::kTopK, topk, negligible, block, block}}));
+  }
+
   void RunDense(std::int64_t batch, std::int64_t lq, std::int64_t lk, std::int64_t heads,
                 std::int64_t size, bool bias) {
     const Array q = Random(Shape{batch, lq, heads, size}, type());
@@ -79,13 +89,18 @@ class AttentionTest : public SparseAttentionTest {
 
   void RunSalad(const TokenGrid& grid, bool window, SaladGate gate, bool linear, std::int64_t heads,
                 std::int64_t size) {
-    reference::SaladInputs in = RandomSalad(2, grid, heads, size, linear);
-    in.gate = gate;
     Classes map = ClassesWithKeys(2, heads, grid.size(), 16, 16);
     if (window) map.grid = grid;
+    RunSalad(grid, map, gate, linear, size);
+  }
+
+  void RunSalad(const TokenGrid& grid, const Classes& map, SaladGate gate, bool linear,
+                std::int64_t size) {
+    reference::SaladInputs in = RandomSalad(map.batch, grid, map.heads, size, linear);
+    in.gate = gate;
     const BlockMap forced = Force(map);
     SaladArgs args = SaladArguments(in, forced, grid);
-    if (linear) args.gate_out = Poisoned(Shape{2, grid.size()}, kF32);
+    if (linear) args.gate_out = Poisoned(Shape{map.batch, grid.size()}, kF32);
     backend().SaladAttention(args);
     const auto run = [&](auto policy) { return reference::Salad<decltype(policy)>(in, map); };
     ExpectClose(args.out, run(Exact{}), Plain(run), "SALAD");
@@ -158,7 +173,8 @@ TEST_P(AttentionTest, MapPicksTheLargestScores) {
   };
   for (const Setup& s :
        {Setup{1000, 64, 64, 0.2, 0.3}, Setup{333, 32, 16, 0.01, 0.1}, Setup{130, 128, 64, 1.0, 0.0},
-        Setup{1, 64, 64, 0.05, 0.1}, Setup{63, 64, 64, 0.5, 0.5}}) {
+        Setup{1, 64, 64, 0.05, 0.1}, Setup{63, 64, 64, 0.5, 0.5}, Setup{2304, 16, 16, 0.05, 0.1},
+        Setup{7488, 16, 16, 0.1, 0.0}}) {
     const std::int64_t batch = 2, heads = 3, size = 32;
     const Qkv in = RandomQkv(batch, s.length, heads, size);
     const BlockMap map = backend().MakeBlockMap(
@@ -299,7 +315,7 @@ TEST_P(AttentionTest, WindowMap) {
 }
 
 TEST_P(AttentionTest, CountPairsAdds) {
-  const Classes classes = ClassesWithKeys(1, 2, 500, 32, 32);
+  const Classes classes = ClassesWithKeys(1, 2, 2304, 16, 16);
   const Tensor counter = backend().Allocate(Shape{2}, DType::kI64);
   backend().Zero(counter);
   const BlockMap map = Force(classes);
@@ -345,6 +361,11 @@ TEST_P(AttentionTest, SlaEmptySets) {
   Classes dropped = none;
   std::fill(dropped.values.begin(), dropped.values.end(), 0);
   RunSla(1, 128, 1, 32, dropped, LinearScope::kMarginal, FeatureMap::kSoftmax, true);
+  Classes small = RandomClasses(1, 1, 100, 16, 16);
+  for (const std::uint8_t only : {0, 1, 2}) {
+    std::fill(small.values.begin(), small.values.end(), only);
+    RunSla(1, 100, 1, 128, small, LinearScope::kMarginal, FeatureMap::kSoftmax, true);
+  }
 }
 
 // A huge value in a critical block must not leave its rounding error in the linear branch.
@@ -420,6 +441,23 @@ TEST_P(AttentionTest, SaladMapsAndGates) {
   RunSalad({2, 8, 9}, false, SaladGate::kSample, true, 3, 64);
 }
 
+// Blocks of 16 tokens, as models of a few thousand tokens have them: 144 of them (fewer on CPUs,
+// for the reference's sake), ragged ones, and sizes that differ.
+TEST_P(AttentionTest, BlocksOf16) {
+  const FeatureMap softmax = FeatureMap::kSoftmax;
+  const TokenGrid grid{GetParam().device.name == "cuda" ? 9 : 3, 16, 16};
+  RunSla(1, grid.size(), 2, 128, TopKClasses(1, grid.size(), 2, 128, 0.05, 0.1, 16),
+         LinearScope::kMarginal, softmax, true);
+  RunSalad(grid, TopKClasses(1, grid.size(), 2, 128, 0.1, 0.0, 16), SaladGate::kToken, true, 128);
+  for (const std::int64_t size : {64, 128}) {
+    RunSla(2, 250, 2, size, ClassesWithKeys(2, 2, 250, 16, 16), LinearScope::kMarginal, softmax,
+           true);
+    RunSla(1, 333, 2, size, ClassesWithKeys(1, 2, 333, 32, 16), LinearScope::kNonCritical,
+           FeatureMap::kElu, true);
+    RunSla(1, 200, 1, size, ClassesWithKeys(1, 1, 200, 16, 64), LinearScope::kAll, softmax, true);
+  }
+}
+
 TEST_P(AttentionTest, MassKept) {
   const TokenGrid grid{3, 8, 9};
   for (const bool window : {false, true}) {
@@ -440,11 +478,11 @@ TEST_P(AttentionTest, MassKept) {
 // block, more rows than a tile has, and the other order of tokens.
 TEST_P(AttentionTest, MassKeptWithWideHeads) {
   for (const int size : {64, 128}) {
-    for (const int block_k : {64, 128}) {
+    for (const int block_k : {16, 64, 128}) {
       const TokenGrid grid{3, 10, 11};
       for (const bool window : {false, true}) {
         const Qkv in = RandomQkv(1, grid.size(), 2, size);
-        Classes map = ClassesWithKeys(1, 2, grid.size(), 64, block_k);
+        Classes map = ClassesWithKeys(1, 2, grid.size(), std::min(block_k, 64), block_k);
         if (window) map.grid = grid;
         const BlockMap forced = Force(map);
         for (const int rows : {3, 70}) {

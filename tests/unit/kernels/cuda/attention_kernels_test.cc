@@ -175,6 +175,20 @@ TEST_F(AttentionKernels, Hopper) {
 
 TEST_F(AttentionKernels, TensorCore) { CompareAll(AttentionKernel::kTensorCore, true); }
 
+// A warp for each 16 queries, in units of 16 keys: every multiple of 16 that is not one of 64.
+TEST_F(AttentionKernels, TensorCoreSmallBlocks) {
+  for (const int head_size : {64, 128}) {
+    for (const auto& [block_q, block_k] :
+         {std::pair{16, 16}, {32, 16}, {16, 32}, {32, 32}, {48, 80}, {16, 64}, {128, 16}}) {
+      for (const std::int64_t length : {1, 15, 16, 17, 130, 1000}) {
+        Compare({2, 3, length, length, head_size, block_q, block_k}, AttentionKernel::kTensorCore);
+      }
+    }
+    Compare({2, 2, 2304, 2304, head_size, 16, 16}, AttentionKernel::kTensorCore);
+    Compare({1, 60, 640, 640, head_size, 16, 16}, AttentionKernel::kTensorCore);
+  }
+}
+
 TEST_F(AttentionKernels, TensorCoreWithBias) {
   for (const std::int64_t length : {1, 64, 65, 512}) {
     Compare({2, 3, length, length, 64, 0, 0, true}, AttentionKernel::kTensorCore);
@@ -227,6 +241,9 @@ TEST(ChooseAttentionKernel, TakesTheFastestThatCan) {
   problem.list = {&index, &index, 1, 1, 128, 64};
   EXPECT_EQ(ChooseAttentionKernel(problem, true, 9), AttentionKernel::kHopper);
   problem.list.block_q = 48;
+  EXPECT_EQ(ChooseAttentionKernel(problem, true, 9), AttentionKernel::kTensorCore);
+  EXPECT_EQ(ChooseAttentionKernel(problem, false, 9), AttentionKernel::kRow);
+  problem.list.block_q = 40;
   EXPECT_EQ(ChooseAttentionKernel(problem, true, 9), AttentionKernel::kRow);
   problem.list.block_q = 64;
   problem.dtype = DType::kF32;

@@ -35,8 +35,9 @@ TEST(GradientKernel, Choice) {
   EXPECT_EQ(choose(Problem(bf16, 128, 128, 64), true, 8), GradientKernel::kTensorCore);
   EXPECT_EQ(choose(Problem(bf16, 128, 128, 64), true, 10), GradientKernel::kTensorCore);
   EXPECT_EQ(choose(Problem(bf16, 128, 128, 64), false, 9), GradientKernel::kRow);
-  EXPECT_EQ(choose(Problem(bf16, 128, 96, 64), true, 9), GradientKernel::kRow);
-  EXPECT_EQ(choose(Problem(bf16, 128, 64, 32), true, 9), GradientKernel::kRow);
+  EXPECT_EQ(choose(Problem(bf16, 128, 96, 64), true, 9), GradientKernel::kTensorCore);
+  EXPECT_EQ(choose(Problem(bf16, 128, 64, 16), true, 9), GradientKernel::kTensorCore);
+  EXPECT_EQ(choose(Problem(bf16, 128, 64, 24), true, 9), GradientKernel::kRow);
   EXPECT_EQ(choose(Problem(bf16, 40, 64, 64), true, 9), GradientKernel::kRow);
   EXPECT_EQ(choose(Problem(DType::kF32, 128, 64, 64), true, 9), GradientKernel::kRow);
 }

@@ -185,6 +185,20 @@ TEST_F(SparseGradientKernels, TensorCoreOneTile) {
   CompareSparse({.share = 5}, GradientKernel::kTensorCore);
 }
 TEST_F(SparseGradientKernels, TensorCore) { CompareAll(GradientKernel::kTensorCore); }
+// One warp for each 16 rows, in units of 16 of the other side.
+TEST_F(SparseGradientKernels, TensorCoreSmallBlocks) {
+  for (const int head_size : {64, 128}) {
+    for (const auto& [block_q, block_k] :
+         {std::pair{16, 16}, {32, 16}, {16, 32}, {48, 80}, {16, 64}, {128, 16}}) {
+      CompareSparse({2, 3, 517, head_size, block_q, block_k}, GradientKernel::kTensorCore);
+      CompareSparse({1, 2, 1000, head_size, block_q, block_k, 1}, GradientKernel::kTensorCore,
+                    true);
+    }
+    CompareSparse({1, 1, 1, head_size, 16, 16}, GradientKernel::kTensorCore);
+    CompareSparse({1, 2, 2304, head_size, 16, 16, 1}, GradientKernel::kTensorCore);
+    CompareSparse({1, 1, 300, head_size, 16, 16, 0}, GradientKernel::kTensorCore);
+  }
+}
 
 // The Hopper kernels from one tile upwards.
 TEST_F(HopperGradientSteps, OneTile) {
@@ -244,6 +258,18 @@ TEST_F(LinearGradientKernels, Scopes) {
       CompareLinear({1, 2, 700, 128, 128, 64}, feature, scope, true);
       CompareLinear({1, 1, 330, 128, 64, 128}, feature, scope, true);
     }
+  }
+}
+// A tile of rows does not reach beyond its block.
+TEST_F(LinearGradientKernels, SmallBlocks) {
+  for (const LinearScope scope : {LinearScope::kMarginal, LinearScope::kNonCritical}) {
+    for (const auto& [block_q, block_k] :
+         {std::pair{16, 16}, {32, 16}, {16, 64}, {48, 80}, {64, 16}}) {
+      CompareLinear({2, 2, 517, 64, block_q, block_k}, Feature::kSoftmax, scope, true);
+      CompareLinear({1, 2, 333, 128, block_q, block_k}, Feature::kElu, scope, true);
+    }
+    CompareLinear({1, 1, 2304, 128, 16, 16}, Feature::kSoftmax, scope, true);
+    CompareLinear({1, 1, 7, 128, 16, 16}, Feature::kSoftmax, scope, true);
   }
 }
 

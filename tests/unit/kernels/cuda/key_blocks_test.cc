@@ -10,11 +10,12 @@
 namespace slalom::cuda {
 namespace {
 
-std::vector<int> KeysOf(const KeyBlocks& blocks) {
+template <int kUnit>
+std::vector<int> KeysOf(const KeyBlocksOf<kUnit>& blocks) {
   std::vector<int> keys;
   for (int i = 0; i < blocks.count; ++i) {
     EXPECT_GT(blocks.Keys(i), 0);
-    EXPECT_TRUE(blocks.Keys(i) == kKeyBlock || i == blocks.count - 1)
+    EXPECT_TRUE(blocks.Keys(i) == kUnit || i == blocks.count - 1)
         << "only the last unit may be ragged";
     for (int j = 0; j < blocks.Keys(i); ++j) keys.push_back(blocks.Start(i) + j);
   }
@@ -30,12 +31,13 @@ TEST(KeyBlocks, DenseIsEveryKey) {
   }
 }
 
-TEST(KeyBlocks, ListsAreTheirBlocksKeys) {
+template <int kUnit>
+void CompareLists() {
   std::mt19937 random(3);
   for (int round = 0; round < 200; ++round) {
     BlockList list;
-    list.block_q = 64;
-    list.block_k = 64 << (random() % 3);
+    list.block_q = kUnit;
+    list.block_k = kUnit << (random() % 3);
     const int length = 1 + static_cast<int>(random() % 2000);
     const int blocks = (length + list.block_k - 1) / list.block_k;
     std::vector<std::int32_t> chosen;
@@ -55,8 +57,13 @@ TEST(KeyBlocks, ListsAreTheirBlocksKeys) {
         expected.push_back(key);
       }
     }
-    EXPECT_EQ(KeysOf(KeyBlocks::Listed(list, 0, 0, length)), expected);
+    EXPECT_EQ(KeysOf(KeyBlocksOf<kUnit>::Listed(list, 0, 0, length)), expected);
   }
+}
+
+TEST(KeyBlocks, ListsAreTheirBlocksKeys) {
+  CompareLists<kKeyBlock>();
+  CompareLists<kSmallKeyBlock>();
 }
 
 }  // namespace

@@ -115,6 +115,31 @@ TEST_F(LinearBranchKernels, Scopes) {
   }
 }
 
+// Blocks of 16 and other multiples of it: a tile does not reach beyond its block.
+TEST_F(LinearBranchKernels, SmallBlocks) {
+  for (const int head_size : {64, 128}) {
+    for (const LinearScope scope : {LinearScope::kMarginal, LinearScope::kNonCritical}) {
+      for (const auto& [block_q, block_k] :
+           {std::pair{16, 16}, {32, 16}, {16, 64}, {48, 80}, {64, 16}, {96, 32}}) {
+        Compare({.batch = 2,
+                 .length = 501,
+                 .heads = 2,
+                 .head_size = head_size,
+                 .scope = scope,
+                 .block_q = block_q,
+                 .block_k = block_k});
+      }
+      Compare({.length = 2304,
+               .heads = 2,
+               .head_size = head_size,
+               .scope = scope,
+               .block_q = 16,
+               .block_k = 16});
+      Compare({.length = 7, .head_size = head_size, .scope = scope, .block_q = 16, .block_k = 16});
+    }
+  }
+}
+
 TEST(ChooseStateKernel, TakesWgmmaWhereItCan) {
   EXPECT_EQ(ChooseStateKernel(9), StateKernelKind::kHopper);
   EXPECT_EQ(ChooseStateKernel(8), StateKernelKind::kTensorCore);
