@@ -63,9 +63,10 @@ class KernelTest : public testing::Test {
     return backend_->BlockMapFromClasses(Upload(host, DType::kU8), block_q, block_k);
   }
 
-  // The worst element may be off by `tolerance` of the largest; a NaN or an infinity never passes.
+  // The worst element may be off by `tolerance` of the largest, and by `floor` where all is almost
+  // zero; a NaN or an infinity never passes.
   static void ExpectNear(const std::vector<float>& actual, const std::vector<float>& expected,
-                         float tolerance, const std::string& what) {
+                         float tolerance, const std::string& what, float floor = 0.0f) {
     ASSERT_EQ(actual.size(), expected.size()) << what;
     float largest = 0.0f, error = 0.0f;
     std::size_t worst = 0;
@@ -76,8 +77,9 @@ class KernelTest : public testing::Test {
       error = std::abs(actual[i] - expected[i]);
       worst = i;
     }
-    EXPECT_LE(error, tolerance * largest) << what << " element " << worst << " is " << actual[worst]
-                                          << " instead of " << expected[worst];
+    EXPECT_LE(error, tolerance * largest + floor)
+        << what << " element " << worst << " is " << actual[worst] << " instead of "
+        << expected[worst];
   }
 
   std::unique_ptr<CudaBackend> backend_;
