@@ -422,8 +422,7 @@ __device__ void ConsumeQueries(const Parameters& p, KeyStorage<kD>& shared, int 
   if (group == 1) ring.Next();
   int last = -1;  // the stage that the sums still read
   const auto release = [&] {
-    __syncwarp();  // all lanes have read their rows' lse and delta
-    if (last >= 0 && threadIdx.x % 32 == 0) BarrierArrive(&shared.empty[last]);
+    if (last >= 0) BarrierArrive(&shared.empty[last]);  // every lane: it has read lse and delta
   };
 #pragma unroll 1
   for (int i = group; i < count; i += kKeyGroups) {
@@ -485,7 +484,7 @@ __global__ void __launch_bounds__(kKeyThreads, 1)
     BarrierInit(&shared.own_full, 1);
     for (int stage = 0; stage < kKeyStages; ++stage) {
       BarrierInit(&shared.full[stage], 1 + 32);
-      BarrierInit(&shared.empty[stage], kWarpgroup / 32);
+      BarrierInit(&shared.empty[stage], kWarpgroup);
     }
     BarrierInitFence();
   }
