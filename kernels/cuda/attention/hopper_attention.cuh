@@ -242,8 +242,7 @@ struct Consumer {
       LoadMatrices(query[step], SharedAddress(shared.q[group][step / 4]) +
                                     SwizzledOffset<kPanel / 8>(row, step % 4 * 2 + lane / 16));
     }
-    __syncwarp();
-    if (lane == 0) BarrierArrive(&shared.q_empty);
+    BarrierArrive(&shared.q_empty);  // every lane: it has read the tile
     return tile;
   }
 
@@ -544,7 +543,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerSm)
   auto& shared = *reinterpret_cast<SharedStorage<Tile>*>(dynamic_shared);
   if (threadIdx.x == 0) {
     BarrierInit(&shared.q_full, 1);
-    BarrierInit(&shared.q_empty, Tile::kGroups * kWarpgroup / 32);
+    BarrierInit(&shared.q_empty, Tile::kGroups * kWarpgroup);
     for (int stage = 0; stage < Tile::kStages; ++stage) {
       BarrierInit(&shared.k_full[stage], 1);
       BarrierInit(&shared.v_full[stage], 1);
