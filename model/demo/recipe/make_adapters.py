@@ -236,19 +236,19 @@ def phases_of(args: argparse.Namespace) -> list[Phase]:
 
 
 def draw_curves(args: argparse.Namespace, home: ClipSet) -> None:
-    """Accuracy and likeness to the dense clips, over sparsity and over steps, from what the phase `curves` found."""
+    """Accuracy and likeness to the dense clips, over sparsity and over steps, of those that the phase `curves` has found yet."""
     sys.path.insert(0, str(TESTS))
     from chart import line_chart
-    from safetensors import safe_open
     results = json.loads((args.work / "curves" / "table.json").read_text())
-    dense = results["dense"]
+    dense = results.get("dense", {})
     blocks = -(-((home.frames - 1) // 4 + 1) * (home.size // 16) ** 2 // BLOCK)
     before = args.steps_before
 
     def steps(kind: str, share: float | None = None) -> int:
         """Behind an adapter: what shares of the time are in steps depends on what else the GPU did."""
-        with safe_open(adapter_file(args, kind, share), "pt") as file:
-            return before + json.loads(file.metadata()["slalom.finetune"])["steps_done"]
+        with adapter_file(args, kind, share).open("rb") as file:  # safetensors: the header's length, the header
+            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        return before + json.loads(header["__metadata__"]["slalom.finetune"])["steps_done"]
 
     def sparsity(topk: float) -> float:
         return 100 * (1 - max(1, int(topk * blocks)) / blocks)
@@ -262,12 +262,14 @@ def draw_curves(args: argparse.Namespace, home: ClipSet) -> None:
     for what, key, factor, unit in (("accuracy", "all", 100, "colour, shape and motion right, %"),
                                     ("subject", "subject", 100, "subject consistency, %"), ("psnr", "psnr", 1, "dB")):
         for x, series in lines.items():
-            places = [place for line in series.values() for place, _ in line]
-            level = {"dense": [(place, factor * dense[key]) for place in (min(places), max(places))]} if key in dense else {}
             points = {name: [(place, factor * results[row][key]) for place, row in rows if key in results.get(row, {})]
                       for name, rows in series.items()}
-            line_chart(args.out / f"{what}-{x}.svg", f"{unit} over {x}", "sparsity, %" if x == "sparsity" else x, unit,
-                       {name: some for name, some in (points | level).items() if some})
+            points = {name: some for name, some in points.items() if some}
+            places = [place for some in points.values() for place, _ in some]
+            if not places:
+                continue
+            level = {"dense": [(place, factor * dense[key]) for place in (min(places), max(places))]} if key in dense else {}
+            line_chart(args.out / f"{what}-{x}.svg", f"{unit} over {x}", "sparsity, %" if x == "sparsity" else x, unit, points | level)
 
 
 def pack(args: argparse.Namespace, call: Call, phases: list[Phase]) -> None:
@@ -290,9 +292,9 @@ def pack(args: argparse.Namespace, call: Call, phases: list[Phase]) -> None:
     for name in ("table", "large", "curves"):
         for file in (args.work / name).glob("table.*"):
             copy(file, args.out / f"{name}{file.suffix}")
+    (args.out / "report.txt").write_text(call.report(phases))
     if (args.work / "curves" / "table.json").exists():
         draw_curves(args, sizes_of(args).sets[0])
-    (args.out / "report.txt").write_text(call.report(phases))
 
 
 def pack_on_the_way(args: argparse.Namespace, call: Call, phases: list[Phase]) -> None:
