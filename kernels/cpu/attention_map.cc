@@ -1,5 +1,6 @@
 // Block maps: pooled scores or sliding windows, and what is counted from them.
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <limits>
 #include <numeric>
@@ -30,24 +31,52 @@ void PoolBlock(const simd::Kernels& kernels, const T* x, std::int64_t length, st
   for (std::int64_t c = 0; c < width; ++c) mean[c] /= rows;
 }
 
-// Classes of one query block from its scores: best first, ties to the lower index, NaN last.
-void ClassifyRow(const float* scores, std::int64_t count, std::int64_t critical,
-                 std::int64_t negligible, std::vector<std::int32_t>& order, std::uint8_t* classes) {
-  order.resize(static_cast<std::size_t>(count));
-  std::iota(order.begin(), order.end(), 0);
-  const auto key = [&](std::int32_t j) {
-    return std::isnan(scores[j]) ? -std::numeric_limits<float>::infinity() : scores[j];
+// An integer for a score, larger for a larger score, equal for an equal one. NaN is last.
+std::int32_t OrderKey(float score) {
+  const float value = std::isnan(score) ? -std::numeric_limits<float>::infinity() : score + 0.0f;
+  const auto bits = std::bit_cast<std::int32_t>(value);
+  return bits >= 0 ? bits : bits ^ std::numeric_limits<std::int32_t>::max();
+}
+
+// The first `rank` of a row: whose key is above the threshold, and some whose key equals it.
+struct Cut {
+  std::int32_t threshold = 0;
+  std::int64_t ties = 0;
+
+  // Asked for every key in ascending order of index.
+  bool Holds(std::int32_t key) { return key > threshold || (key == threshold && ties-- > 0); }
+};
+
+// Bit by bit, the largest threshold that `rank` keys reach, or one that just as many do.
+Cut CutAt(const simd::Kernels& kernels, const std::vector<std::int32_t>& keys, std::int64_t rank) {
+  constexpr std::uint32_t kSign = 0x80000000u;
+  const auto reach = [&](std::int32_t threshold) {
+    return kernels.count_from(keys.data(), std::ssize(keys), threshold);
   };
-  std::sort(order.begin(), order.end(), [&](std::int32_t a, std::int32_t b) {
-    const float ka = key(a);
-    const float kb = key(b);
-    return ka != kb ? ka > kb : a < b;
-  });
-  for (std::int64_t i = 0; i < count; ++i) {
-    const BlockClass c = i < critical             ? BlockClass::kCritical
-                         : i < count - negligible ? BlockClass::kMarginal
-                                                  : BlockClass::kNegligible;
-    classes[order[static_cast<std::size_t>(i)]] = static_cast<std::uint8_t>(c);
+  std::uint32_t found = 0;
+  for (std::uint32_t bit = kSign; bit != 0; bit >>= 1) {
+    const auto threshold = static_cast<std::int32_t>((found | bit) ^ kSign);
+    const std::int64_t reached = reach(threshold);
+    if (reached == rank) return {threshold, rank};
+    if (reached > rank) found |= bit;
+  }
+  const auto threshold = static_cast<std::int32_t>(found ^ kSign);
+  return {threshold, rank - reach(threshold + 1)};
+}
+
+// Classes of one query block from its scores: best first, ties to the lower index, NaN last.
+void ClassifyRow(const simd::Kernels& kernels, const std::vector<float>& scores,
+                 std::int64_t critical, std::int64_t negligible, std::uint8_t* classes) {
+  std::vector<std::int32_t> keys(scores.size());
+  std::transform(scores.begin(), scores.end(), keys.begin(), OrderKey);
+  Cut first = CutAt(kernels, keys, critical);
+  Cut kept = CutAt(kernels, keys, std::ssize(keys) - negligible);
+  for (std::size_t j = 0; j < keys.size(); ++j) {
+    const bool is_kept = kept.Holds(keys[j]);
+    const BlockClass c = first.Holds(keys[j]) ? BlockClass::kCritical
+                         : is_kept            ? BlockClass::kMarginal
+                                              : BlockClass::kNegligible;
+    classes[j] = static_cast<std::uint8_t>(c);
   }
 }
 
@@ -202,11 +231,10 @@ BlockMap CpuBackend::MakeBlockMap(const BlockMapArgs& args) {
     const float* q = pooled_q.data<float>() + (b * nq + i) * width + h * head_size;
     const float* k = pooled_k.data<float>() + b * nk * width + h * head_size;
     std::vector<float> scores(static_cast<std::size_t>(nk));
-    std::vector<std::int32_t> order;
     for (std::int64_t j = 0; j < nk; ++j) {
       scores[static_cast<std::size_t>(j)] = kernels_.dot(q, k + j * width, head_size);
     }
-    ClassifyRow(scores.data(), nk, critical, negligible, order, classes + r * nk);
+    ClassifyRow(kernels_, scores, critical, negligible, classes + r * nk);
   });
   FillLists(*this, map);
   return map;

@@ -90,9 +90,6 @@ void SparseBranch(CpuBackend& backend, const simd::Kernels& kernels, const Paral
       const std::int64_t b = (first + slot) / s.heads;
       const std::int64_t h = (first + slot) % s.heads;
       const std::int64_t row_index = (first + slot) * query_blocks + i % query_blocks;
-      const std::int32_t* list =
-          map.critical.data<std::int32_t>() + row_index * map.critical.dim(3);
-      const std::int32_t count = map.counts.data<std::int32_t>()[row_index];
       Cutter cutter(scratch.data<float>() + thread * scratch_floats);
       QueryTile tile(layout, cutter);
       const HeadRows<float> to{out.data<float>() + b * s.length * s.width() + h * s.head_size,
@@ -102,10 +99,8 @@ void SparseBranch(CpuBackend& backend, const simd::Kernels& kernels, const Paral
       for (std::int64_t begin = begin_block; begin < end; begin += kTileRows) {
         const std::int64_t rows = std::min(kTileRows, end - begin);
         engine.Load(RowsOfHead<const T>(args.q, b, h, order_of(h)), begin, rows, tile);
-        for (std::int32_t c = 0; c < count; ++c) {
-          engine.Attend(packed.data<float>() + (slot * blocks + list[c]) * layout.block_floats(),
-                        list[c], nullptr, tile);
-        }
+        engine.AttendList(packed.data<float>() + slot * blocks * layout.block_floats(),
+                          CriticalList(map, row_index), tile);
         if (args.lse.defined()) {
           tile.StoreLse(args.lse.data<float>() + (first + slot) * s.length + begin);
         }

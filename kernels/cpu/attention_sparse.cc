@@ -1,10 +1,8 @@
 // SLA: softmax over the critical blocks, plus the projected linear attention over the scope.
 //
-// For each head: pack the keys block by block and, in the same pass, sum phi(K_j)^T V_j. Then for
-// each query block attend to the critical blocks, and gather its linear state from the blocks'
-// sums: from the blocks in scope or, where these are more than half, from the total less the
-// others. Those sums run in double, so that a block with huge values leaves nothing behind when it
-// is taken away.
+// For each head: pack the keys block by block and, in the same pass, sum phi(K_j)^T V_j. From those
+// sums follow the linear states of the query blocks; with scope kAll they share one. Then each
+// query block attends to its critical blocks and multiplies with its state.
 #include <algorithm>
 #include <cmath>
 #include <vector>
@@ -15,6 +13,7 @@
 #include "kernels/cpu/convert.h"
 #include "kernels/cpu/cpu_backend.h"
 #include "kernels/cpu/linear_branch.h"
+#include "kernels/cpu/scope_states.h"
 
 namespace slalom {
 namespace {
@@ -22,6 +21,11 @@ namespace {
 struct SlaShape {
   std::int64_t batch, length, heads, head_size;
 };
+
+// Asks for memory that will be read soon.
+void Prefetch(const float* x, std::int64_t floats) {
+  for (std::int64_t i = 0; i < floats; i += 16) __builtin_prefetch(x + i, 0, 2);
+}
 
 SlaShape CheckSla(const SlaArgs& args) {
   const Check check("SlaAttention");
@@ -42,12 +46,6 @@ SlaShape CheckSla(const SlaArgs& args) {
   return s;
 }
 
-bool InScope(LinearScope scope, std::uint8_t block_class) {
-  const auto c = static_cast<BlockClass>(block_class);
-  return scope == LinearScope::kAll || c == BlockClass::kMarginal ||
-         (scope == LinearScope::kNonCritical && c == BlockClass::kNegligible);
-}
-
 // One call, its working memory and its steps. Heads are handled in groups that fit the memory.
 template <typename T>
 class SlaRun {
@@ -60,22 +58,22 @@ class SlaRun {
  private:
   // Blocks whose sums are kept apart: one by one, unless every block is in scope anyway.
   static constexpr std::int64_t kBlocksPerSumWhenAll = 8;
-  static constexpr std::int64_t kSumPiece = 1024;
 
+  bool all() const { return args_.scope == LinearScope::kAll; }
   void PackAndSum(std::int64_t first, std::int64_t heads);
-  void Totals(std::int64_t heads);
-  // Scope kAll: every query block has the same state, and W folds into it. It replaces the head's
-  // first sum.
-  void ProjectTotals(std::int64_t heads);
+  void States(std::int64_t first, std::int64_t heads);
+  // Scope kAll: W folds into the one state, by way of the head's first sum.
+  void ProjectStates(std::int64_t heads);
   void QueryBlock(std::int64_t first, std::int64_t slot, std::int64_t block, float* scratch);
-  // The linear state of one query block, or null where nothing is in scope.
-  const float* State(std::int64_t slot, const std::uint8_t* classes, double* sum, float* state);
+  // The linear branch of `rows` queries: extra [rows, padded D]. `linear` is working memory.
+  void Linear(const HeadRows<const T>& q, std::int64_t begin, std::int64_t rows, const float* state,
+              float* features, float* linear, float* extra) const;
   void Phi(const HeadRows<const T>& x, std::int64_t begin, std::int64_t rows, float* out) const;
   float* Sums(std::int64_t slot, std::int64_t piece) const {
     return sums_.data<float>() + (slot * pieces_ + piece) * branch_.state_floats();
   }
-  double* Total(std::int64_t slot) const {
-    return totals_.data<double>() + slot * branch_.state_floats();
+  float* State(std::int64_t slot, std::int64_t index) const {
+    return states_.data<float>() + (slot * states_per_head_ + index) * branch_.state_floats();
   }
 
   const simd::Kernels& kernels_;
@@ -88,14 +86,18 @@ class SlaRun {
   const LinearBranch branch_;
   const bool linear_;
   const std::int64_t blocks_per_sum_;
-  const std::int64_t pieces_;  // sums per head
+  const std::int64_t pieces_;           // sums per head
+  const std::int64_t states_per_head_;  // one, or one per query block
+  const ScopeStates scope_;
   std::int64_t group_ = 1;
   std::int64_t scratch_floats_ = 0;
-  Tensor packed_;   // [group, blocks, block_floats]
-  Tensor sums_;     // [group, pieces, state_floats]
-  Tensor totals_;   // [group, state_floats] f64
-  Tensor scratch_;  // [threads, scratch_floats]
-  Tensor weight_;   // [D, padded D]: proj_weight transposed
+  Tensor packed_;                         // [group, blocks, block_floats]
+  Tensor sums_;                           // [group, pieces, state_floats]
+  Tensor states_;                         // [group, states_per_head, state_floats]
+  Tensor scratch_;                        // [threads, scratch_floats]
+  Tensor weight_;                         // [D, padded D]: proj_weight transposed
+  std::vector<ScopeStates::Plan> plans_;  // [group, states_per_head]
+  std::vector<std::int32_t> lists_;       // [group, states_per_head, pieces]
 };
 
 template <typename T>
@@ -111,20 +113,25 @@ SlaRun<T>::SlaRun(CpuBackend& backend, const simd::Kernels& kernels, const Paral
       engine_(kernels, layout_, 1.0f / std::sqrt(static_cast<float>(s_.head_size))),
       branch_(kernels, layout_),
       linear_(args.proj_weight.defined()),
-      blocks_per_sum_(args.scope == LinearScope::kAll ? kBlocksPerSumWhenAll : 1),
-      pieces_((layout_.blocks() + blocks_per_sum_ - 1) / blocks_per_sum_) {
+      blocks_per_sum_(all() ? kBlocksPerSumWhenAll : 1),
+      pieces_((layout_.blocks() + blocks_per_sum_ - 1) / blocks_per_sum_),
+      states_per_head_(all() ? 1 : map_.classes.dim(2)),
+      scope_(kernels, pieces_, states_per_head_, branch_.state_floats()) {
   const std::int64_t width = layout_.padded_size();
   const std::int64_t state = branch_.state_floats();
-  const std::int64_t head_floats =
-      layout_.blocks() * layout_.block_floats() + (linear_ ? pieces_ * state : 0);
-  group_ = HeadsAtOnce(s_.batch * s_.heads, head_floats);
+  const std::int64_t head_floats = layout_.blocks() * layout_.block_floats() +
+                                   (linear_ ? (pieces_ + states_per_head_) * state : 0);
+  constexpr std::int64_t kCachedFloats = std::int64_t{1} << 23;  // 32 MiB: a third-level cache
+  group_ = HeadsAtOnce(s_.batch * s_.heads, head_floats, kCachedFloats);
   packed_ = backend.Allocate(Shape{group_, layout_.blocks(), layout_.block_floats()}, DType::kF32);
   const std::int64_t rows = std::max(layout_.padded_block(), kTileRows);
   scratch_floats_ = TileScratchFloats(layout_) + 2 * RoundUp(rows * width, 16);
   if (linear_) {
-    scratch_floats_ += 2 * kSumPiece + RoundUp(state, 16);
+    scratch_floats_ = std::max(scratch_floats_, scope_.scratch_floats());
     sums_ = backend.Allocate(Shape{group_, pieces_, state}, DType::kF32);
-    totals_ = backend.Allocate(Shape{group_, state}, DType::kF64);
+    states_ = backend.Allocate(Shape{group_, states_per_head_, state}, DType::kF32);
+    plans_.resize(static_cast<std::size_t>(group_ * states_per_head_));
+    lists_.resize(plans_.size() * static_cast<std::size_t>(pieces_));
     weight_ = backend.Allocate(Shape{s_.head_size, width}, DType::kF32);
     backend.Zero(weight_);
     kernels.transpose(args.proj_weight.template data<float>(), s_.head_size, s_.head_size,
@@ -140,8 +147,8 @@ void SlaRun<T>::Run() {
   for (std::int64_t first = 0; first < all_heads; first += group_) {
     const std::int64_t heads = std::min(group_, all_heads - first);
     PackAndSum(first, heads);
-    if (linear_) Totals(heads);
-    if (linear_ && args_.scope == LinearScope::kAll) ProjectTotals(heads);
+    if (linear_) States(first, heads);
+    if (linear_ && all()) ProjectStates(heads);
     parallel_.Tasks(heads * query_blocks, [&](std::int64_t i, int thread) {
       QueryBlock(first, i / query_blocks, i % query_blocks,
                  scratch_.data<float>() + thread * scratch_floats_);
@@ -195,67 +202,58 @@ void SlaRun<T>::PackAndSum(std::int64_t first, std::int64_t heads) {
 }
 
 template <typename T>
-void SlaRun<T>::Totals(std::int64_t heads) {
-  const std::int64_t state = branch_.state_floats();
-  const std::int64_t cuts = (state + kSumPiece - 1) / kSumPiece;
-  parallel_.Tasks(heads * cuts, [&](std::int64_t task, int /*thread*/) {
-    const std::int64_t slot = task / cuts;
-    const std::int64_t begin = task % cuts * kSumPiece;
-    const std::int64_t count = std::min(kSumPiece, state - begin);
-    double* total = Total(slot) + begin;
-    std::fill_n(total, count, 0.0);
-    for (std::int64_t p = 0; p < pieces_; ++p) {
-      kernels_.accumulate(Sums(slot, p) + begin, 1.0, count, total);
-    }
+void SlaRun<T>::States(std::int64_t first, std::int64_t heads) {
+  const std::int64_t blocks = layout_.blocks();
+  parallel_.Tasks(heads * states_per_head_, [&](std::int64_t i, int /*thread*/) {
+    const std::uint8_t* classes =
+        map_.classes.data<std::uint8_t>() + (first * states_per_head_ + i) * blocks;
+    plans_[static_cast<std::size_t>(i)] =
+        scope_.MakePlan(args_.scope, classes, i % states_per_head_ > 0 ? classes - blocks : nullptr,
+                        lists_.data() + i * pieces_);
+  });
+  parallel_.Tasks(heads * scope_.pieces(), [&](std::int64_t task, int thread) {
+    const std::int64_t slot = task / scope_.pieces();
+    const std::int64_t row = slot * states_per_head_;
+    scope_.Sum(task % scope_.pieces(), Sums(slot, 0), plans_.data() + row,
+               lists_.data() + row * pieces_, scratch_.data<float>() + thread * scratch_floats_,
+               State(slot, 0));
   });
 }
 
 template <typename T>
-void SlaRun<T>::ProjectTotals(std::int64_t heads) {
+void SlaRun<T>::ProjectStates(std::int64_t heads) {
   const std::int64_t width = layout_.padded_size();
-  const std::int64_t state = branch_.state_floats();
-  parallel_.Tasks(heads, [&](std::int64_t slot, int thread) {
-    float* rounded = scratch_.data<float>() + thread * scratch_floats_;
-    for (std::int64_t i = 0; i < state; ++i) rounded[i] = static_cast<float>(Total(slot)[i]);
+  const std::int64_t products = s_.head_size * width;
+  parallel_.Tasks(heads, [&](std::int64_t slot, int /*thread*/) {
+    std::copy_n(State(slot, 0), products, Sums(slot, 0));
     kernels_.gemm({.m = s_.head_size,
                    .n = width,
                    .k = s_.head_size,
-                   .a = rounded,
+                   .a = Sums(slot, 0),
                    .a_row = width,
                    .b = weight_.data<float>(),
                    .ldb = width,
-                   .c = Sums(slot, 0),
+                   .c = State(slot, 0),
                    .ldc = width});
-    const float* divisors = branch_.Divisors(rounded);
-    std::copy_n(divisors, width, Sums(slot, 0) + (divisors - rounded));
   });
 }
 
 template <typename T>
-const float* SlaRun<T>::State(std::int64_t slot, const std::uint8_t* classes, double* sum,
-                              float* state) {
-  if (args_.scope == LinearScope::kAll) return Sums(slot, 0);
-  const auto inside = std::count_if(classes, classes + layout_.blocks(),
-                                    [&](std::uint8_t c) { return InScope(args_.scope, c); });
-  if (inside == 0) return nullptr;
-  const bool subtract = 2 * inside > layout_.blocks();
-  // Piece by piece, so that the running sum stays in the first cache.
-  const std::int64_t floats = branch_.state_floats();
-  for (std::int64_t begin = 0; begin < floats; begin += kSumPiece) {
-    const std::int64_t count = std::min(kSumPiece, floats - begin);
-    if (subtract) {
-      std::copy_n(Total(slot) + begin, count, sum);
-    } else {
-      std::fill_n(sum, count, 0.0);
-    }
-    for (std::int64_t j = 0; j < layout_.blocks(); ++j) {
-      if (InScope(args_.scope, classes[j]) != subtract) {
-        kernels_.accumulate(Sums(slot, j) + begin, subtract ? -1.0 : 1.0, count, sum);
-      }
-    }
-    for (std::int64_t i = 0; i < count; ++i) state[begin + i] = static_cast<float>(sum[i]);
-  }
-  return state;
+void SlaRun<T>::Linear(const HeadRows<const T>& q, std::int64_t begin, std::int64_t rows,
+                       const float* state, float* features, float* linear, float* extra) const {
+  Phi(q, begin, rows, features);
+  branch_.Query(features, features, state, rows, all() ? extra : linear);
+  if (all()) return;
+  const std::int64_t width = layout_.padded_size();
+  kernels_.gemm({.m = rows,
+                 .n = width,
+                 .k = s_.head_size,
+                 .a = linear,
+                 .a_row = width,
+                 .b = weight_.data<float>(),
+                 .ldb = width,
+                 .c = extra,
+                 .ldc = width});
 }
 
 template <typename T>
@@ -264,8 +262,7 @@ void SlaRun<T>::QueryBlock(std::int64_t first, std::int64_t slot, std::int64_t b
   const std::int64_t head = first + slot;
   const std::int64_t width = layout_.padded_size();
   const std::int64_t row_index = head * map_.classes.dim(2) + block;
-  const std::int32_t* list = map_.critical.data<std::int32_t>() + row_index * map_.critical.dim(3);
-  const std::int32_t count = map_.counts.data<std::int32_t>()[row_index];
+  const std::span<const std::int32_t> list = CriticalList(map_, row_index);
   const auto q = RowsOfHead<const T>(args_.q, head / s_.heads, head % s_.heads);
   const auto out = RowsOfHead<T>(args_.out, head / s_.heads, head % s_.heads);
 
@@ -274,40 +271,20 @@ void SlaRun<T>::QueryBlock(std::int64_t first, std::int64_t slot, std::int64_t b
   float* features = cutter.Take(kTileRows * width);
   float* extra = cutter.Take(kTileRows * width);
   const float* state = nullptr;
-  if (linear_) {
-    auto* sum = reinterpret_cast<double*>(cutter.Take(2 * kSumPiece));
-    float* rounded = cutter.Take(branch_.state_floats());
-    const std::uint8_t* classes = map_.classes.data<std::uint8_t>() + row_index * layout_.blocks();
-    state = State(slot, classes, sum, rounded);
+  if (linear_ && all()) state = State(slot, 0);
+  if (linear_ && !all() &&
+      plans_[static_cast<std::size_t>(slot * states_per_head_ + block)].in_scope > 0) {
+    state = State(slot, block);
+    Prefetch(state, branch_.state_floats());
   }
   const std::int64_t end = std::min<std::int64_t>(s_.length, (block + 1) * map_.block_q);
   for (std::int64_t begin = block * map_.block_q; begin < end; begin += kTileRows) {
     const std::int64_t rows = std::min(kTileRows, end - begin);
     engine_.Load(q, begin, rows, tile);
-    for (std::int32_t c = 0; c < count; ++c) {
-      const float* packed =
-          packed_.data<float>() + (slot * layout_.blocks() + list[c]) * layout_.block_floats();
-      engine_.Attend(packed, list[c], nullptr, tile);
-    }
-    if (state != nullptr) {
-      Phi(q, begin, rows, features);
-      if (args_.scope == LinearScope::kAll) {
-        branch_.Query(features, features, state, rows, extra);
-      } else {
-        // The tile's queries are done with: the linear output waits there for its projection.
-        float* linear = tile.q;
-        branch_.Query(features, features, state, rows, linear);
-        kernels_.gemm({.m = rows,
-                       .n = width,
-                       .k = s_.head_size,
-                       .a = linear,
-                       .a_row = width,
-                       .b = weight_.data<float>(),
-                       .ldb = width,
-                       .c = extra,
-                       .ldc = width});
-      }
-    }
+    engine_.AttendList(packed_.data<float>() + slot * layout_.blocks() * layout_.block_floats(),
+                       list, tile);
+    // The tile's queries are done with: their memory serves the linear branch.
+    if (state != nullptr) Linear(q, begin, rows, state, features, tile.q, extra);
     if (args_.lse.defined()) {
       tile.StoreLse(args_.lse.template data<float>() + head * s_.length + begin);
     }

@@ -25,8 +25,10 @@ void InterleaveValues(const HeadRows<const BFloat16>& v, std::int64_t begin, std
 
 QueryTile::QueryTile(const TileLayout& layout, Cutter& cutter)
     : q(cutter.Take(kTileRows * layout.padded_size())),
-      scores(cutter.Take(kTileRows * layout.padded_block())),
-      rounded(cutter.Take(kTileRows * layout.padded_block() / 2)),
+      scores(cutter.Take(kTileRows * layout.strip_blocks() * layout.padded_block())),
+      rounded(cutter.Take(kTileRows * layout.strip_blocks() * layout.padded_block() / 2)),
+      strip(cutter.Take(layout.strip_blocks() > 1 ? layout.strip_blocks() * layout.block_floats()
+                                                  : 0)),
       out(cutter.Take(kTileRows * layout.padded_size())),
       maximum(cutter.Take(kTileRows)),
       sum(cutter.Take(kTileRows)) {}
@@ -41,10 +43,8 @@ std::int64_t TileScratchFloats(const TileLayout& layout) {
   return cutter.taken();
 }
 
-std::int64_t HeadsAtOnce(std::int64_t heads, std::int64_t floats_per_head) {
-  constexpr std::int64_t kBudgetFloats = std::int64_t{1} << 26;
-  return std::clamp<std::int64_t>(kBudgetFloats / std::max<std::int64_t>(floats_per_head, 1), 1,
-                                  heads);
+std::int64_t HeadsAtOnce(std::int64_t heads, std::int64_t floats_per_head, std::int64_t most) {
+  return std::clamp<std::int64_t>(most / std::max<std::int64_t>(floats_per_head, 1), 1, heads);
 }
 
 template <typename T>
@@ -107,12 +107,45 @@ void TileEngine::Load(const HeadRows<const T>& q, std::int64_t begin, std::int64
   }
 }
 
-void TileEngine::Attend(const float* packed, std::int64_t j, const float* bias,
-                        QueryTile& tile) const {
-  const std::int64_t keys = layout_.rows(j);
-  const std::int64_t padded = layout_.padded_block();
+void TileEngine::Gather(const float* packed, std::span<const std::int32_t> list,
+                        float* strip) const {
+  constexpr std::int64_t kPiece = 16;  // floats: a length that the compiler knows
+  const std::int64_t block = layout_.padded_block(), floats = layout_.key_floats();
+  const std::int64_t count = std::ssize(list), stride = count * block;
+  for (std::int64_t i = 0; i < count; ++i) {
+    const float* keys = packed + list[static_cast<std::size_t>(i)] * layout_.block_floats();
+    for (std::int64_t row = 0; row < floats / block; ++row) {
+      for (std::int64_t c = 0; c < block; c += kPiece) {
+        std::memcpy(strip + row * stride + i * block + c, keys + row * block + c,
+                    kPiece * sizeof(float));
+      }
+    }
+    std::copy_n(keys + floats, floats, strip + (count + i) * floats);
+  }
+}
+
+void TileEngine::AttendList(const float* packed, std::span<const std::int32_t> list,
+                            QueryTile& tile) const {
+  const auto at_once = static_cast<std::size_t>(layout_.strip_blocks());
+  while (!list.empty()) {
+    const auto strip = list.first(std::min(at_once, list.size()));
+    list = list.subspan(strip.size());
+    if (strip.size() == 1) {
+      Attend(packed + strip.front() * layout_.block_floats(), strip.front(), nullptr, tile);
+      continue;
+    }
+    Gather(packed, strip, tile.strip);
+    // Only the head's last block may be short, and it comes last in a list.
+    const std::int64_t before = (std::ssize(strip) - 1) * layout_.block;
+    AttendKeys(tile.strip, before + layout_.rows(strip.back()), before + layout_.block, nullptr,
+               tile);
+  }
+}
+
+void TileEngine::AttendKeys(const float* packed, std::int64_t keys, std::int64_t padded,
+                            const float* bias, QueryTile& tile) const {
   const std::int64_t width = layout_.padded_size();
-  const float* values = Values(packed);
+  const float* values = packed + width * padded / (layout_.pairs ? 2 : 1);
   auto* rounded = layout_.pairs ? reinterpret_cast<BFloat16*>(tile.rounded) : nullptr;
   if (layout_.pairs) {
     kernels_.gemm_bf16({.m = tile.rows,

@@ -47,6 +47,12 @@ struct TileLayout {
   // [padded_block, padded_size]; half of that as pairs.
   std::int64_t key_floats() const { return padded_size() * padded_block() / (pairs ? 2 : 1); }
   std::int64_t block_floats() const { return 2 * key_floats(); }
+  // Blocks of a list that are laid side by side, so that small ones make long loops: one when that
+  // would not help, or would leave gaps.
+  std::int64_t strip_blocks() const {
+    constexpr std::int64_t kStripKeys = 128;
+    return block % 16 == 0 && block < kStripKeys / 2 ? kStripKeys / block : 1;
+  }
 };
 
 // One tile of queries: at most kTileRows rows, the running softmax and the output so far.
@@ -55,8 +61,9 @@ constexpr std::int64_t kTileRows = 64;
 struct QueryTile {
   std::int64_t rows = 0;
   float* q = nullptr;        // [kTileRows, padded_size] f32, or bf16 with pairs; unscaled
-  float* scores = nullptr;   // [kTileRows, padded_block]
-  float* rounded = nullptr;  // [kTileRows, padded_block] bf16, with pairs
+  float* scores = nullptr;   // [kTileRows, strip_blocks * padded_block]
+  float* rounded = nullptr;  // the same in bf16, with pairs
+  float* strip = nullptr;    // blocks side by side, [strip_blocks * block_floats]
   float* out = nullptr;      // [kTileRows, padded_size]: sum of exp * v
   float* maximum = nullptr;  // [kTileRows]
   float* sum = nullptr;      // [kTileRows]
@@ -71,8 +78,9 @@ struct QueryTile {
 // What one QueryTile takes from its Cutter.
 std::int64_t TileScratchFloats(const TileLayout& layout);
 
-// How many heads are packed at once: all, or what fits a quarter of a GiB.
-std::int64_t HeadsAtOnce(std::int64_t heads, std::int64_t floats_per_head);
+// How many heads are worked on at once: all, or what fits `most` floats, a quarter of a GiB.
+std::int64_t HeadsAtOnce(std::int64_t heads, std::int64_t floats_per_head,
+                         std::int64_t most = std::int64_t{1} << 26);
 
 // Const: one engine serves all threads.
 class TileEngine {
@@ -93,12 +101,22 @@ class TileEngine {
             QueryTile& tile) const;
   // Attends to block j. `bias`, if any, is that of the tile's row 0 and the block's column 0, and
   // moves back by one per row.
-  void Attend(const float* packed, std::int64_t j, const float* bias, QueryTile& tile) const;
+  void Attend(const float* packed, std::int64_t j, const float* bias, QueryTile& tile) const {
+    AttendKeys(packed, layout_.rows(j), layout_.padded_block(), bias, tile);
+  }
+  // Attends to the blocks of an ascending list; `packed` holds all blocks of the head.
+  void AttendList(const float* packed, std::span<const std::int32_t> list, QueryTile& tile) const;
 
   // The values of a packed block, f32 layouts only: [rows, padded_size].
   const float* Values(const float* packed) const { return packed + layout_.key_floats(); }
 
  private:
+  // K transposed [padded D, padded], then V [padded, padded D]: the first `keys` of them count.
+  void AttendKeys(const float* packed, std::int64_t keys, std::int64_t padded, const float* bias,
+                  QueryTile& tile) const;
+  // Lays blocks side by side.
+  void Gather(const float* packed, std::span<const std::int32_t> list, float* strip) const;
+
   const simd::Kernels& kernels_;
   TileLayout layout_;
   float scale_;

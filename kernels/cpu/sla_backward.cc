@@ -90,12 +90,10 @@ class SlaHead {
   }
 
   bool InScope(std::int64_t i, std::int64_t j) const {
-    if (args_.scope == LinearScope::kAll) return true;
     const std::int64_t nq = args_.map->classes.dim(2), nk = args_.map->classes.dim(3);
-    const auto c = static_cast<BlockClass>(
-        args_.map->classes.template data<std::uint8_t>()[(head_index_ * nq + i) * nk + j]);
-    return c == BlockClass::kMarginal ||
-           (args_.scope == LinearScope::kNonCritical && c == BlockClass::kNegligible);
+    const auto* classes = args_.map->classes.template data<std::uint8_t>();
+    return slalom::InScope(args_.scope,
+                           static_cast<BlockClass>(classes[(head_index_ * nq + i) * nk + j]));
   }
 
   void Linear(float* d_weight, float* d_bias) {

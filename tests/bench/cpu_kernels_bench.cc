@@ -34,7 +34,8 @@ class Bench {
   }
   // Prints the line and returns the best processor time.
   double Report(const std::string& what, double flop, const std::function<void()>& run);
-  void Sparse(const Tensor& q, const Tensor& k, const Tensor& v, double topk, double dense);
+  void Sparse(const Tensor& q, const Tensor& k, const Tensor& v, double topk, int block,
+              double dense);
 
   Backend& backend_;
   DType type_;
@@ -131,15 +132,18 @@ void Bench::Attentions() {
         Report("dense attention L " + std::to_string(length),
                4.0 * static_cast<double>(length * length) * 256,
                [&] { backend_.Attention({.q = q, .k = k, .v = v, .scale = 0.088f, .out = out}); });
-    for (const double topk : {0.05, 0.10}) Sparse(q, k, v, topk, dense);
+    for (const int block : {16, 64}) {
+      for (const double topk : {0.05, 0.10}) Sparse(q, k, v, topk, block, dense);
+    }
   }
 }
 
-void Bench::Sparse(const Tensor& q, const Tensor& k, const Tensor& v, double topk, double dense) {
-  const std::string at =
-      " topk " + std::to_string(topk).substr(0, 4) + " L " + std::to_string(q.dim(1));
+void Bench::Sparse(const Tensor& q, const Tensor& k, const Tensor& v, double topk, int block,
+                   double dense) {
+  const std::string at = " topk " + std::to_string(topk).substr(0, 4) + " blocks of " +
+                         std::to_string(block) + " L " + std::to_string(q.dim(1));
   BlockMap map;
-  const BlockMapOptions options{BlockMapKind::kTopK, topk, 0.1, 64, 64};
+  const BlockMapOptions options{BlockMapKind::kTopK, topk, 0.1, block, block};
   const double map_time = Report("block map" + at, 0, [&] {
     map = backend_.MakeBlockMap({.q = q, .k = k, .options = options});
   });

@@ -59,6 +59,21 @@ struct SoftmaxTile {
   std::int64_t width = 0;
 };
 
+// sum = from + states of the blocks `added` - states of the blocks `removed`, [count], in double.
+// Block j's state starts at states + j * stride; count is a multiple of 16.
+struct StateSum {
+  const float* states = nullptr;
+  std::int64_t stride = 0;
+  std::int64_t count = 0;
+  const std::int32_t* added = nullptr;
+  std::int64_t added_count = 0;
+  const std::int32_t* removed = nullptr;
+  std::int64_t removed_count = 0;
+  const double* from = nullptr;  // optional: else zeros; may be sum
+  double* sum = nullptr;
+  float* rounded = nullptr;  // optional: sum, rounded
+};
+
 template <typename T>
 struct RowLoops {
   // See the operations of the same names in backend.h; one row each.
@@ -99,8 +114,9 @@ struct Kernels {
   // y = act(y + bias), then residual + gate * y (all but y optional), n columns.
   void (*epilogue)(const float* y, const float* bias, Activation activation, const float* gate,
                    const float* residual, std::int64_t n, float* out);
-  // total[i] += sign * x[i].
-  void (*accumulate)(const float* x, double sign, std::int64_t n, double* total);
+  void (*sum_states)(const StateSum& sum);
+  // How many of n keys are at least `least`.
+  std::int64_t (*count_from)(const std::int32_t* keys, std::int64_t n, std::int32_t least);
   RowLoops<float> f32;
   RowLoops<BFloat16> bf16;
 };

@@ -235,9 +235,11 @@ void FeatureMapRow(FeatureMap map, const float* x, std::int64_t count, float* ou
 }
 
 // Static: one copy per instruction set, vectorised by the compiler.
-[[maybe_unused]] static void Accumulate(const float* x, double sign, std::int64_t n,
-                                        double* total) {
-  for (std::int64_t i = 0; i < n; ++i) total[i] += sign * static_cast<double>(x[i]);
+[[maybe_unused]] static std::int64_t CountFrom(const std::int32_t* keys, std::int64_t n,
+                                               std::int32_t least) {
+  std::int32_t count = 0;
+  for (std::int64_t i = 0; i < n; ++i) count += keys[i] >= least ? 1 : 0;
+  return count;
 }
 
 template <typename V>

@@ -4,6 +4,7 @@
 #include "kernels/cpu/simd/gemm_loops.h"
 #include "kernels/cpu/simd/kernels.h"
 #include "kernels/cpu/simd/row_loops.h"
+#include "kernels/cpu/simd/state_loops.h"
 #include "kernels/cpu/simd/transpose.h"
 
 namespace slalom::simd {
@@ -35,7 +36,8 @@ constexpr Kernels MakeKernels() {
           .dot = &Dot<V, float>,
           .transpose = &Transpose,
           .epilogue = &Epilogue<V>,
-          .accumulate = &Accumulate,
+          .sum_states = &SumStates<typename V::Wide>,
+          .count_from = &CountFrom,
           .f32 = MakeRowLoops<V, float>(),
           .bf16 = MakeRowLoops<V, BFloat16>()};
 }

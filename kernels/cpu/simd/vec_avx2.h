@@ -9,8 +9,23 @@
 
 namespace slalom::simd {
 
+// Four doubles.
+struct WideAvx2 {
+  static constexpr int kLanes = 4;
+  __m256d v;
+
+  static WideAvx2 Zero() { return {_mm256_setzero_pd()}; }
+  static WideAvx2 Load(const double* p) { return {_mm256_loadu_pd(p)}; }
+  static WideAvx2 Load(const float* p) { return {_mm256_cvtps_pd(_mm_loadu_ps(p))}; }
+  void Store(double* p) const { _mm256_storeu_pd(p, v); }
+  void Store(float* p) const { _mm_storeu_ps(p, _mm256_cvtpd_ps(v)); }
+  friend WideAvx2 operator+(WideAvx2 a, WideAvx2 b) { return {_mm256_add_pd(a.v, b.v)}; }
+  friend WideAvx2 operator-(WideAvx2 a, WideAvx2 b) { return {_mm256_sub_pd(a.v, b.v)}; }
+};
+
 struct VecAvx2 {
   static constexpr int kLanes = 8;
+  using Wide = WideAvx2;
   __m256 v;
 
   static VecAvx2 Zero() { return {_mm256_setzero_ps()}; }

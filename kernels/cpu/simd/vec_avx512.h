@@ -9,8 +9,23 @@
 
 namespace slalom::simd {
 
+// Eight doubles.
+struct WideAvx512 {
+  static constexpr int kLanes = 8;
+  __m512d v;
+
+  static WideAvx512 Zero() { return {_mm512_setzero_pd()}; }
+  static WideAvx512 Load(const double* p) { return {_mm512_loadu_pd(p)}; }
+  static WideAvx512 Load(const float* p) { return {_mm512_cvtps_pd(_mm256_loadu_ps(p))}; }
+  void Store(double* p) const { _mm512_storeu_pd(p, v); }
+  void Store(float* p) const { _mm256_storeu_ps(p, _mm512_cvtpd_ps(v)); }
+  friend WideAvx512 operator+(WideAvx512 a, WideAvx512 b) { return {_mm512_add_pd(a.v, b.v)}; }
+  friend WideAvx512 operator-(WideAvx512 a, WideAvx512 b) { return {_mm512_sub_pd(a.v, b.v)}; }
+};
+
 struct VecAvx512 {
   static constexpr int kLanes = 16;
+  using Wide = WideAvx512;
   __m512 v;
 
   static VecAvx512 Zero() { return {_mm512_setzero_ps()}; }

@@ -349,6 +349,30 @@ TEST_P(AttentionTest, SlaShapes) {
   RunSla(1, 200, 2, 64, ClassesWithKeys(1, 2, 200, 64, 64), kMarginal, softmax, false);
 }
 
+// Small blocks: most are in scope, and neighbours have most of it in common.
+TEST_P(AttentionTest, SlaSmallBlocks) {
+  using enum LinearScope;
+  for (const auto& [length, size, scope, feature_map] :
+       {std::tuple{400, 32, kMarginal, FeatureMap::kSoftmax},
+        {391, 128, kMarginal, FeatureMap::kSoftmax},
+        {391, 64, kNonCritical, FeatureMap::kElu},
+        {273, 40, kMarginal, FeatureMap::kRelu},
+        {400, 64, kAll, FeatureMap::kElu}}) {
+    Classes map = ClassesWithKeys(1, 2, length, 16, 16);
+    for (std::size_t i = 0; i < map.values.size(); ++i) {
+      const bool follows = i % static_cast<std::size_t>(map.key_blocks * map.query_blocks) >=
+                           static_cast<std::size_t>(map.key_blocks);
+      const bool kept = follows && RandomInt(0, 3) > 0;
+      if (kept) {
+        map.values[i] = map.values[i - static_cast<std::size_t>(map.key_blocks)];
+      } else if (RandomInt(0, 3) > 0) {
+        map.values[i] = 2;
+      }
+    }
+    RunSla(1, length, 2, size, map, scope, feature_map, true);
+  }
+}
+
 // Query blocks without a critical or without any marginal block.
 TEST_P(AttentionTest, SlaEmptySets) {
   Classes none = RandomClasses(1, 1, 128, 32, 32);
@@ -370,13 +394,14 @@ TEST_P(AttentionTest, SlaEmptySets) {
 
 // A huge value in a critical block must not leave its rounding error in the linear branch.
 TEST_P(AttentionTest, SlaDoesNotCancel) {
-  const std::int64_t length = 256, size = 32;
+  const std::int64_t length = 256, size = 32, block = RandomInt(1, 2) * 16;
   Qkv in = RandomQkv(1, length, 1, size);
-  for (std::int64_t i = 0; i < 32 * size; ++i) in.v[i] *= 65536;
-  Classes map = ClassesWithKeys(1, 1, length, 32, 32);
+  for (std::int64_t i = 0; i < block * size; ++i) in.v[i] *= 65536;
+  Classes map = ClassesWithKeys(1, 1, length, static_cast<int>(block), static_cast<int>(block));
   for (std::int64_t i = 0; i < map.query_blocks; ++i) {
     for (std::int64_t j = 0; j < map.key_blocks; ++j) {
-      map.values[static_cast<std::size_t>(i * map.key_blocks + j)] = j == i || j == 0 ? 1 : 2;
+      const bool near = j >= i && j < i + 3;
+      map.values[static_cast<std::size_t>(i * map.key_blocks + j)] = near || j == 0 ? 1 : 2;
     }
   }
   // Rows of the first block do not see the huge keys at all: they are theirs, so leave them out.
