@@ -1,5 +1,8 @@
-// Dense attention: every tile of queries over every block of keys.
+// Dense attention: every tile of queries over every block of keys. Keys that repeat the last one,
+// as a text's padding does, are taken together.
 #include <cmath>
+#include <cstddef>
+#include <cstring>
 
 #include "kernels/cpu/attention_tile.h"
 #include "kernels/cpu/check.h"
@@ -35,11 +38,37 @@ DenseShape CheckAttention(const AttentionArgs& args) {
   return s;
 }
 
-// One tile of queries of one head over all of its packed keys.
+// How many rows at the end of one batch element's keys and values are the same, bit by bit.
+std::int64_t EqualTail(const AttentionArgs& args, const DenseShape& s, std::int64_t batch) {
+  if (args.relative_bias.defined() || !(args.scale > 0)) return 1;
+  const auto bytes = static_cast<std::size_t>(s.heads * s.head_size) * ByteSize(args.k.dtype());
+  const auto repeats_last = [&](const Tensor& x, std::int64_t row) {
+    const auto* rows =
+        static_cast<const std::byte*>(x.raw()) + static_cast<std::size_t>(batch * s.keys) * bytes;
+    return std::memcmp(rows + static_cast<std::size_t>(row) * bytes,
+                       rows + static_cast<std::size_t>(s.keys - 1) * bytes, bytes) == 0;
+  };
+  std::int64_t row = s.keys - 1;
+  while (row > 0 && repeats_last(args.k, row - 1) && repeats_last(args.v, row - 1)) --row;
+  return s.keys - row;
+}
+
+// One element of the batch alone.
+AttentionArgs OneOf(const AttentionArgs& args, std::int64_t b) {
+  AttentionArgs one = args;
+  for (Tensor AttentionArgs::*member :
+       {&AttentionArgs::q, &AttentionArgs::k, &AttentionArgs::v, &AttentionArgs::out}) {
+    one.*member = (args.*member).Slice(b, b + 1);
+  }
+  if (args.lse.defined()) one.lse = args.lse.Slice(b, b + 1);
+  return one;
+}
+
+// One tile of queries of one head over all of its packed keys, the last one `last_counts` times.
 template <typename T>
 void AttendTile(const AttentionArgs& args, const DenseShape& s, const simd::Kernels& kernels,
                 const TileEngine& engine, const float* packed, std::int64_t batch,
-                std::int64_t head, std::int64_t begin, float* scratch) {
+                std::int64_t head, std::int64_t begin, std::int64_t last_counts, float* scratch) {
   const TileLayout& layout = engine.layout();
   Cutter cutter(scratch);
   QueryTile tile(layout, cutter);
@@ -52,7 +81,8 @@ void AttendTile(const AttentionArgs& args, const DenseShape& s, const simd::Kern
   }
   for (std::int64_t j = 0; j < layout.blocks(); ++j) {
     engine.Attend(packed + j * layout.block_floats(), j,
-                  bias != nullptr ? bias + j * layout.block : nullptr, tile);
+                  bias != nullptr ? bias + j * layout.block : nullptr, tile,
+                  j + 1 < layout.blocks() ? 1 : last_counts);
   }
   const auto out = RowsOfHead<T>(args.out, batch, head);
   for (std::int64_t r = 0; r < rows; ++r) {
@@ -69,9 +99,15 @@ void AttendTile(const AttentionArgs& args, const DenseShape& s, const simd::Kern
 void CpuBackend::Attention(const AttentionArgs& args) {
   const DenseShape s = CheckAttention(args);
   if (args.q.NumElements() == 0) return;
+  const std::int64_t tail = EqualTail(args, s, 0);
+  for (std::int64_t b = 0; s.batch > 1 && b < s.batch; ++b) {
+    if (EqualTail(args, s, b) == 1) continue;
+    for (std::int64_t i = 0; i < s.batch; ++i) Attention(OneOf(args, i));
+    return;
+  }
   const DType type = args.q.dtype();
   const TileLayout layout{
-      .length = s.keys, .head_size = s.head_size, .block = 64, .pairs = UsePairs(type)};
+      .length = s.keys - tail + 1, .head_size = s.head_size, .block = 64, .pairs = UsePairs(type)};
   const TileEngine engine(kernels_, layout, args.scale);
   const std::int64_t all_heads = s.batch * s.heads;
   const std::int64_t head_floats = layout.blocks() * layout.block_floats();
@@ -97,7 +133,7 @@ void CpuBackend::Attention(const AttentionArgs& args) {
       parallel_.Tasks(heads * tiles, [&](std::int64_t i, int thread) {
         const std::int64_t head = first + i / tiles;
         AttendTile<T>(args, s, kernels_, engine, packed.data<float>() + i / tiles * head_floats,
-                      head / s.heads, head % s.heads, i % tiles * kTileRows,
+                      head / s.heads, head % s.heads, i % tiles * kTileRows, tail,
                       scratch.data<float>() + thread * scratch_floats);
       });
     }

@@ -137,13 +137,13 @@ void TileEngine::AttendList(const float* packed, std::span<const std::int32_t> l
     Gather(packed, strip, tile.strip);
     // Only the head's last block may be short, and it comes last in a list.
     const std::int64_t before = (std::ssize(strip) - 1) * layout_.block;
-    AttendKeys(tile.strip, before + layout_.rows(strip.back()), before + layout_.block, nullptr,
+    AttendKeys(tile.strip, before + layout_.rows(strip.back()), before + layout_.block, nullptr, 1,
                tile);
   }
 }
 
 void TileEngine::AttendKeys(const float* packed, std::int64_t keys, std::int64_t padded,
-                            const float* bias, QueryTile& tile) const {
+                            const float* bias, std::int64_t last_counts, QueryTile& tile) const {
   const std::int64_t width = layout_.padded_size();
   const float* values = packed + width * padded / (layout_.pairs ? 2 : 1);
   auto* rounded = layout_.pairs ? reinterpret_cast<BFloat16*>(tile.rounded) : nullptr;
@@ -167,6 +167,10 @@ void TileEngine::AttendKeys(const float* packed, std::int64_t keys, std::int64_t
                    .ldb = padded,
                    .c = tile.scores,
                    .ldc = padded});
+  }
+  if (last_counts > 1) {
+    const float more = std::log(static_cast<float>(last_counts)) / scale_;
+    for (std::int64_t r = 0; r < tile.rows; ++r) tile.scores[r * padded + keys - 1] += more;
   }
   kernels_.softmax({.rows = tile.rows,
                     .columns = keys,

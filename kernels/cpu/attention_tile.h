@@ -100,9 +100,10 @@ class TileEngine {
   void Load(const HeadRows<const T>& q, std::int64_t begin, std::int64_t rows,
             QueryTile& tile) const;
   // Attends to block j. `bias`, if any, is that of the tile's row 0 and the block's column 0, and
-  // moves back by one per row.
-  void Attend(const float* packed, std::int64_t j, const float* bias, QueryTile& tile) const {
-    AttendKeys(packed, layout_.rows(j), layout_.padded_block(), bias, tile);
+  // moves back by one per row. The block's last key counts last_counts times.
+  void Attend(const float* packed, std::int64_t j, const float* bias, QueryTile& tile,
+              std::int64_t last_counts = 1) const {
+    AttendKeys(packed, layout_.rows(j), layout_.padded_block(), bias, last_counts, tile);
   }
   // Attends to the blocks of an ascending list; `packed` holds all blocks of the head.
   void AttendList(const float* packed, std::span<const std::int32_t> list, QueryTile& tile) const;
@@ -113,7 +114,7 @@ class TileEngine {
  private:
   // K transposed [padded D, padded], then V [padded, padded D]: the first `keys` of them count.
   void AttendKeys(const float* packed, std::int64_t keys, std::int64_t padded, const float* bias,
-                  QueryTile& tile) const;
+                  std::int64_t last_counts, QueryTile& tile) const;
   // Lays blocks side by side.
   void Gather(const float* packed, std::span<const std::int32_t> list, float* strip) const;
 

@@ -121,6 +121,54 @@ TEST_P(AttentionTest, DenseLengthsAndHeads) {
   RunDense(1, RandomInt(1, 150), RandomInt(1, 150), 2, 8 * RandomInt(1, 16), false);
 }
 
+// A text's padding: many keys that are all the same, as many as they like in each element.
+TEST_P(AttentionTest, DenseWithEqualKeysAtTheEnd) {
+  for (const std::int64_t keys : {2, 64, 65, 200}) {
+    const Shape shape{3, keys, 2, 64};
+    const Array q = Random(Shape{3, 70, 2, 64}, type());
+    Array k = Random(shape, type()), v = Random(shape, type());
+    const std::int64_t width = 2 * 64;
+    // Of element 1 all but one, of element 2 a few; element 0 only its keys, not its values.
+    for (const auto& [b, same] : {std::pair{0, keys}, {1, keys - 1}, {2, keys / 3}}) {
+      for (std::int64_t row = keys - same; row < keys - 1; ++row) {
+        for (std::int64_t c = 0; c < width; ++c) {
+          const std::int64_t from = ((b + 1) * keys - 1) * width + c;
+          k[(b * keys + row) * width + c] = k[from];
+          if (b > 0) v[(b * keys + row) * width + c] = v[from];
+        }
+      }
+    }
+    const Tensor out = Poisoned(q.shape, type());
+    const Tensor lse = Poisoned(Shape{3, 2, 70}, kF32);
+    const AttentionArgs args{.q = Upload(q, type()),
+                             .k = Upload(k, type()),
+                             .v = Upload(v, type()),
+                             .scale = 0.125f,
+                             .out = out,
+                             .lse = lse};
+    backend().Attention(args);
+    std::map<bool, Array> lses;
+    const auto run = [&](auto policy) {
+      using P = decltype(policy);
+      Array& rows = lses[std::is_same_v<P, Exact>] = Array(Shape{3, 2, 70});
+      return reference::Attention<P>(q, k, v, 0.125, Array(), &rows);
+    };
+    const std::string what = "equal keys of " + std::to_string(keys);
+    ExpectClose(out, run(Exact{}), Plain(run), what);
+    ExpectClose(lse, lses[true], lses[false], what + " lse");
+    for (std::int64_t b = 0; b < 3; ++b) {
+      AttentionArgs one = args;
+      one.q = args.q.Slice(b, b + 1);
+      one.k = args.k.Slice(b, b + 1);
+      one.v = args.v.Slice(b, b + 1);
+      one.out = Poisoned(Shape{1, 70, 2, 64}, type());
+      one.lse = Tensor();
+      backend().Attention(one);
+      EXPECT_EQ(DownloadBytes(one.out), DownloadBytes(out.Slice(b, b + 1))) << what;
+    }
+  }
+}
+
 TEST_P(AttentionTest, DenseWithRelativeBias) {
   RunDense(1, 1, 1, 2, 64, true);
   RunDense(2, 77, 77, 3, 64, true);
