@@ -72,19 +72,42 @@ std::int64_t SparseBytes(const TransformerConfig& config, const AttentionSetting
   return 4 * all_rows + map + at_once * (of_head + nq * Blocks(nk, 8) * 8 * 2);
 }
 
-// The same for plain arithmetic, at most: every pair of blocks of 64 tokens has a class, a score
-// and a place in the list, every block its sums.
+// What the CPU back end's SLA works on beside those tensors: packed keys and values in f32, sums of
+// every key block (of eight together when all are in scope) and of every query block's scope, of as
+// many heads at once as fit a cache.
+std::int64_t CpuSlaBytes(const TransformerConfig& config, const AttentionSetting& attention,
+                         std::int64_t tokens, std::int64_t heads) {
+  constexpr std::int64_t kMostBytes = std::int64_t{32} << 20;
+  const std::int64_t head = config.attention_head_dim;
+  const std::int64_t nq = Blocks(tokens, attention.map.block_q);
+  const std::int64_t nk = Blocks(tokens, attention.map.block_k);
+  const std::int64_t sums = attention.scope == LinearScope::kAll ? Blocks(nk, 8) + 1 : nk + nq;
+  const std::int64_t of_head = (2 * tokens * head + sums * head * (head + 1)) * 4;
+  return of_head * std::clamp<std::int64_t>(kMostBytes / of_head, 1, heads);
+}
+
+// As SparseBytes for plain arithmetic, at most: elsewhere than on a CPU every pair of blocks has a
+// class, a score and a place in the list, every block its sums.
 std::int64_t PlainSparseBytes(const TransformerConfig& config, const AttentionSetting& attention,
                               std::int64_t tokens, std::int64_t samples, const Device& device,
                               std::int64_t element) {
   const std::int64_t head = config.attention_head_dim;
   const std::int64_t heads = samples * config.num_attention_heads;
-  const std::int64_t n = Blocks(tokens, 64);
-  std::int64_t sums = heads * n * head * (head + 1) * 4;
-  if (!device.is_cpu()) sums = std::min(sums, kMostSumBytes);
+  const std::int64_t nq = Blocks(tokens, attention.map.block_q);
+  const std::int64_t nk = Blocks(tokens, attention.map.block_k);
+  const bool salad = attention.kind == AttentionKind::kSalad;
+  std::int64_t work = std::min(heads * nk * head * (head + 1) * 4, kMostSumBytes);
+  std::int64_t map = heads * nq * nk * (1 + 4 + 4);
+  if (device.is_cpu()) {
+    map = heads * nq * (nk + 4 * CriticalBlocks(attention.LargestTopK(), nk) + 4);
+    // Keys and values, packed; SALAD's sums are of half a thousand keys each.
+    work = salad ? 2 * samples * tokens * config.dim() * 4 +
+                       heads * Blocks(tokens, 512) * head * (head + 1) * 4
+                 : CpuSlaBytes(config, attention, tokens, heads);
+  }
   // SALAD also keeps q and k as they were before rotation, and its linear branch.
-  const std::int64_t tensors = attention.kind == AttentionKind::kSalad ? 8 : 4;
-  return tensors * samples * tokens * config.dim() * element + heads * n * n * (1 + 4 + 4) + sums;
+  const std::int64_t tensors = salad ? 8 : 4;
+  return tensors * samples * tokens * config.dim() * element + map + work;
 }
 
 double Product(std::int64_t a, std::int64_t b) {
@@ -161,14 +184,13 @@ std::size_t StepBytes(const ModelConfig& config, const ClipSpec& spec,
   std::int64_t attending = 0;
   std::int64_t mlp = rows * element * transformer.ffn_dim;
   if (attention.kind == AttentionKind::kDense) {
-    attending = 4 * rows * element * dim;  // q, k, v and the output
+    attending = 4 * rows * element * dim;                  // q, k, v and the output
+    if (device.is_cpu()) attending += rows * 4 * 2 * dim;  // keys and values, packed
   } else {
     attending = fast ? SparseBytes(transformer, attention, tokens, samples)
                      : PlainSparseBytes(transformer, attention, tokens, samples, device, element);
   }
-  if (device.is_cpu()) {
-    attending += rows * 4 * 2 * dim;  // keys and values, packed
-  } else {
+  if (!device.is_cpu()) {
     // A gate goes into the weight, or in f32 meets the product in a tensor of its own.
     mlp += dtype == DType::kF32 ? rows * 4 * dim : element * dim * transformer.ffn_dim;
     if (!fast) attending += ScoreBytes(transformer, tokens, samples);

@@ -53,6 +53,7 @@ struct Case {
   AttentionKind kind;
   int heads;
   int ffn_dim;
+  int block = 64;
 };
 class ClipCostTest : public testing::TestWithParam<Case> {};
 
@@ -68,7 +69,7 @@ TEST_P(ClipCostTest, PredictsAStepsMemory) {
   spec.num_frames = 9;
   spec.attention = GetParam().kind;
   const auto backend = MakeBackend(Device{}, {.cpu_threads = 2, .force_f32 = true});
-  const StepMemory memory = MeasureStepMemory(*backend, options, spec);
+  const StepMemory memory = MeasureStepMemory(*backend, options, spec, GetParam().block);
   EXPECT_NEAR(memory.waiting, memory.predicted_waiting, 0.1 * memory.predicted_waiting);
   EXPECT_LE(memory.peak, 1.05 * memory.predicted_peak);
   // SALAD's prediction has its linear branch in it, which this adapter lacks.
@@ -81,7 +82,9 @@ INSTANTIATE_TEST_SUITE_P(
     Kinds, ClipCostTest,
     testing::Values(Case{AttentionKind::kDense, 2, 96}, Case{AttentionKind::kSla, 2, 96},
                     Case{AttentionKind::kSalad, 2, 96}, Case{AttentionKind::kDense, 6, 1536},
-                    Case{AttentionKind::kSla, 6, 1536}, Case{AttentionKind::kSalad, 6, 1536}));
+                    Case{AttentionKind::kSla, 6, 1536}, Case{AttentionKind::kSalad, 6, 1536},
+                    Case{AttentionKind::kSla, 2, 96, 16}, Case{AttentionKind::kSla, 6, 1536, 16},
+                    Case{AttentionKind::kSalad, 6, 1536, 16}));
 
 }  // namespace
 }  // namespace slalom

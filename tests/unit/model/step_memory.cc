@@ -12,7 +12,8 @@
 
 namespace slalom {
 
-StepMemory MeasureStepMemory(Backend& backend, const TinyModelOptions& options, ClipSpec spec) {
+StepMemory MeasureStepMemory(Backend& backend, const TinyModelOptions& options, ClipSpec spec,
+                             int block) {
   constexpr int kLatentsKept = 4;
   TempFolder folder;
   WriteTinyModel(folder.path(), options);
@@ -50,7 +51,8 @@ StepMemory MeasureStepMemory(Backend& backend, const TinyModelOptions& options, 
   const Tensor times = backend.Allocate({1}, DType::kF32);
   backend.Zero(times);
   const std::vector<const TextContext*> texts = {&prompt, &negative};
-  const AttentionSetting setting = transformer.Setting(spec.attention);
+  AttentionSetting setting = transformer.Setting(spec.attention);
+  setting.map.block_q = setting.map.block_k = block;
   transformer.Forward(backend, {.latent = latent,
                                 .timesteps = times,
                                 .text = texts,

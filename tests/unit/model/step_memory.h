@@ -15,7 +15,8 @@ struct StepMemory {
 };
 
 // Runs one forward pass of a model with `options` on the backend, in its preferred type. `spec`
-// gives size and attention; it is guided whatever it says.
-StepMemory MeasureStepMemory(Backend& backend, const TinyModelOptions& options, ClipSpec spec);
+// gives size and attention; it is guided whatever it says. `block` is that of SLA and SALAD.
+StepMemory MeasureStepMemory(Backend& backend, const TinyModelOptions& options, ClipSpec spec,
+                             int block = 64);
 
 }  // namespace slalom
