@@ -76,8 +76,10 @@ def run_network() -> Path:
     (AttentionOptions(topk=0.3, scope="all", feature_map="elu", block_q=16, block_k=32), 0),
     (AttentionOptions(topk=1.0, negligible=0.0), 2),
     (AttentionOptions(topk=0.3, block_q=16, block_k=16, tile=(2, 4, 4)), 0),
+    (AttentionOptions(block_q=16, block_k=16, tile=(2, 1, 8)), 4),
     (AttentionOptions.for_kind("sla", layer_topk=(0.1, 0.5, 0.2, 0.6, 0.1), block_q=16, block_k=16), -4),
     (AttentionOptions.for_kind("salad", topk=0.3, block_q=16, block_k=16, tile=(2, 3, 4)), 0),
+    (AttentionOptions.for_kind("salad", topk=0.1, block_q=16, block_k=16, tile=(2, 1, 8)), 4),
     (AttentionOptions.for_kind("salad", topk=0.3, block_q=16, block_k=16, dropped_layers=(1,)), 4),
     (AttentionOptions.for_kind("salad", topk=0.3, block_q=16, block_k=16, map="window", gate="sample"), 0),
 ], ids=lambda value: f"{value.kind}-{value.topk}-{value.map}-{value.tile[0]}" if isinstance(value, AttentionOptions) else str(value))
