@@ -208,7 +208,8 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog="what follows -- goes to `slalom generate`")
     parser.add_argument("folder", type=Path)
     parser.add_argument("variants", type=Variant.parse, nargs="+")
-    parser.add_argument("--count", type=int, default=200)
+    parser.add_argument("--count", type=int, default=200, help="captions: what they say depends on how many are drawn")
+    parser.add_argument("--first", type=int, metavar="N", help="only the first so many of them")
     parser.add_argument("--seed", type=int, default=1, help="of the captions; clip i is made with seed i")
     parser.add_argument("--slalomd", type=Path, default=Path("build/cpu/bin/slalomd"), help="slalom stands beside it")
     parser.add_argument("--model", type=Path, default=Path("model/demo"))
@@ -225,7 +226,7 @@ def parse() -> argparse.Namespace:
 def main() -> int:
     args = parse()
     end, finished = time.time() + args.deadline_seconds, True
-    clips, results, first = clips_to_make(args.count, args.seed, held_out=True), {}, None
+    clips, results, first = clips_to_make(args.count, args.seed, held_out=True)[:args.first], {}, None
     (args.folder).mkdir(parents=True, exist_ok=True)
     (args.folder / "clips.json").write_text(json.dumps(clips, indent=1) + "\n")
     for variant in args.variants:
