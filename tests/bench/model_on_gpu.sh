@@ -6,7 +6,7 @@
 #
 #   tests      the gpu tests that need a model: parity, the pipeline on both devices, predicted memory
 #   sanitize   parity and pipeline under compute-sanitizer's $SANITIZE (memcheck racecheck initcheck), each case in a process
-#              of its own, $JOBS side by side; $SANITIZE_FILTER instead of all CUDA cases
+#              of its own, $JOBS side by side; $SANITIZE_FILTER instead of all CUDA cases; libraries to preload below $LIBRARIES
 #   model      writes the model folder of random weights, where it is not there yet
 #   networks   text encoder, one forward pass with each $ATTENTION and decoding, alone: seconds, memory beside its prediction
 #   large      one forward pass of a transformer of 14B with each $ATTENTION
@@ -21,12 +21,12 @@
 # The environment may say: BUILD (build/cuda; or RUN, a command that runs a program of ours by its name, such as
 # that of a portable bundle), MODEL (a folder; written if absent), MODEL_ARGS (for write_random_model), DEVICE (cuda),
 # SIZE (832x480), FRAMES (81), STEPS (50), REPEATS (5), ATTENTION (dense sla salad), CLIPS (20), JOBS (4), LIMIT
-# (seconds for each program, 600). A rehearsal without a GPU:
+# (seconds for each program, 600), LIBRARIES (BUILD). A rehearsal without a GPU:
 #   DEVICE=cpu SIZE=64x32 FRAMES=5 STEPS=2 CLIPS=3 REPEATS=1 MODEL_ARGS='--layers 1 --text-layers 1 --vocabulary 1000' \
 #     BUILD=build/cpu tests/bench/model_on_gpu.sh /tmp/out model networks steps clips leak
 set -uo pipefail
 cd "$(dirname "$0")/../.." || exit 1
-[ $# -ge 2 ] || { sed -n '2,30p' "$0"; exit 2; }
+[ $# -ge 2 ] || { sed -n '2,26p' "$0"; exit 2; }
 out=$(realpath -m "$1"); shift
 mkdir -p "$out"
 DEVICE=${DEVICE:-cuda} SIZE=${SIZE:-832x480} FRAMES=${FRAMES:-81} STEPS=${STEPS:-50} REPEATS=${REPEATS:-5}
@@ -114,15 +114,19 @@ part_model() {
   limited write_random_model ${MODEL_ARGS:---size 1.3b --transformer-dtype bf16} "$MODEL" || fail "writing the model"
 }
 kinds() { tr ' ' ',' <<<"$ATTENTION"; }
-# What NVIDIA's kernels do is not ours to judge: racecheck names pairs within cuBLASLt's, and initcheck does not see what
-# they write (tests/bench/initialised_products.cc).
+# What NVIDIA's kernels do is not ours to judge, but racecheck, told to look at ours alone, makes cuBLASLt's fault, and initcheck
+# does not see what they write: a library takes cuBLASLt's place (tests/bench/plain_products.cu) or helps it.
 sanitize() {  # TOOL TEST CASE
-  local program options=(--tool "$1" --report-api-errors no --error-exitcode 9) log="$out/$1-${3//\//.}.log"
+  local program options=(--tool "$1" --report-api-errors no --error-exitcode 9) log="$out/$1-${3//\//.}.log" library
   find_program "$2" || return
-  [ "$1" = memcheck ] || options+=(--kernel-name kns=slalom)
-  # shellcheck disable=SC2016
-  [ "$1" != initcheck ] ||  # beside what compute-sanitizer itself preloads
-    program=(/bin/bash -c 'LD_PRELOAD=$0${LD_PRELOAD:+:$LD_PRELOAD} exec "$@"' "$PRODUCTS_LIBRARY" "${program[@]}")
+  case $1 in racecheck) library=plain_products ;; initcheck) library=initialised_products ;; *) library='' ;; esac
+  if [ -n "$library" ]; then
+    library=$(find "${LIBRARIES:-$BUILD}" -name "lib$library.so" 2>/dev/null | head -1)
+    [ -n "$library" ] || { echo "exit: no library to preload for $1" >"$log"; return; }
+    options+=(--kernel-name kns=slalom)
+    # shellcheck disable=SC2016  # beside what compute-sanitizer itself preloads
+    program=(/bin/bash -c 'LD_PRELOAD=$0${LD_PRELOAD:+:$LD_PRELOAD} exec "$@"' "$(realpath "$library")" "${program[@]}")
+  fi
   timeout -k 5 "$LIMIT" compute-sanitizer "${options[@]}" "${program[@]}" --gtest_filter="$3" >"$log" 2>&1
   echo "exit $?" >>"$log"
 }
@@ -143,7 +147,6 @@ judge_sanitize() {  # TOOL CASE...
 }
 part_sanitize() {
   local tool test case ran
-  PRODUCTS_LIBRARY=${PRODUCTS_LIBRARY:-$(find "$BUILD" -name libinitialised_products.so 2>/dev/null | head -1)}
   for tool in ${SANITIZE:-memcheck racecheck initcheck}; do
     ran=()
     for test in pipeline_devices_test network_parity_test; do
