@@ -6,6 +6,7 @@
 #include <charconv>
 #include <limits>
 #include <map>
+#include <unordered_map>
 #include <utility>
 
 #include "kernels/core/error.h"
@@ -220,28 +221,36 @@ v1::Job JobDesk::Describe(const JobRecord& record) const {
 v1::ListJobsResponse JobDesk::List(const v1::ListJobsRequest& request,
                                    const std::string& tenant) const {
   const PageStart start = ParsePage(request);
-  std::map<std::string, JobPlace> places;
-  if (const Scheduler* scheduler = scheduler_; scheduler != nullptr) {
-    for (JobPlace& place : scheduler->Places()) places[place.id] = std::move(place);
-  }
   v1::ListJobsResponse page;
   std::size_t bytes = 0;
   std::uint64_t last = 0;
-  for (const auto& [sequence, record] : store_.List(tenant)) {
-    if (sequence >= start.before) continue;
+  bool live = false;
+  const auto most = static_cast<std::size_t>(start.most) + 1;  // one more tells of a next page
+  for (const auto& [sequence, record] : store_.List(tenant, start.before, most)) {
     if (page.jobs_size() == start.most || bytes > kPageBytes) {
       page.set_next_page_token(std::to_string(last));
       break;
     }
     v1::Job& job = *page.add_jobs() = record->Snapshot();
     last = sequence;
-    const auto place = places.find(record->id());
+    live |= job.state() < v1::JOB_STATE_SUCCEEDED;
+    bytes += job.ByteSizeLong();
+  }
+  if (live) SetPlaces(&page);
+  return page;
+}
+
+void JobDesk::SetPlaces(v1::ListJobsResponse* page) const {
+  const Scheduler* scheduler = scheduler_;
+  if (scheduler == nullptr) return;
+  std::unordered_map<std::string, JobPlace> places;
+  for (JobPlace& place : scheduler->Places()) places[place.id] = std::move(place);
+  for (v1::Job& job : *page->mutable_jobs()) {
+    const auto place = places.find(job.job_id());
     if (place != places.end() && job.state() < v1::JOB_STATE_SUCCEEDED) {
       SetPlace(place->second.queue_position, place->second.eta_seconds, &job);
     }
-    bytes += job.ByteSizeLong();
   }
-  return page;
 }
 
 const char* JobDesk::RefusalReason(const Error& error) const {

@@ -74,6 +74,7 @@ class JobDesk {
   void Start(Scheduler& scheduler, const std::shared_ptr<JobRecord>& record, const ClipSpec& spec,
              Checkpoint checkpoint);
   double WeightOf(const std::string& tenant) const;
+  void SetPlaces(v1::ListJobsResponse* page) const;
   void Tick();
   void TellPlaces(const Scheduler& scheduler);
   void Sweep();

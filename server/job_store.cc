@@ -37,9 +37,16 @@ void JobStore::TakeOver() {
             : std::make_shared<JobRecord>(std::move(known.origin), std::move(video));
     const std::string key = RequestKey(*record);
     if (!key.empty() && !Dead(*record)) by_request_id_[key] = record->id();
-    const std::string id = record->id();
-    entries_[id] = {std::move(record), nullptr, next_sequence_++};
+    Enter(std::move(record));
   }
+}
+
+// With the lock held.
+void JobStore::Enter(std::shared_ptr<JobRecord> record) {
+  const std::uint64_t sequence = next_sequence_++;
+  by_tenant_[record->tenant()][sequence] = record;
+  const std::string id = record->id();
+  entries_[id] = {std::move(record), nullptr, sequence};
 }
 
 bool JobStore::Parked(const JobRecord& record) const {
@@ -65,16 +72,18 @@ std::shared_ptr<JobRecord> JobStore::Add(std::shared_ptr<JobRecord> record, int 
     if (!dead) return earlier;
   }
   if (max_live > 0) {
-    const auto live = std::count_if(entries_.begin(), entries_.end(), [&](const auto& item) {
-      return item.second.record->tenant() == record->tenant() && !item.second.record->ended();
-    });
+    const auto own = by_tenant_.find(record->tenant());
+    const auto live =
+        own == by_tenant_.end() ? 0 : std::ranges::count_if(own->second, [](const auto& item) {
+          return !item.second->ended();
+        });
     if (live >= max_live) {
       throw Refusal("quota", "tenant '" + record->tenant() + "' has " + std::to_string(live) +
                                  " jobs; its quota is " + std::to_string(max_live) + " at a time");
     }
   }
   if (!key.empty()) by_request_id_[key] = record->id();
-  entries_[record->id()] = {record, nullptr, next_sequence_++};
+  Enter(record);
   return record;
 }
 
@@ -90,6 +99,9 @@ JobStore::Entry JobStore::Take(const std::string& id) {
   if (entry == entries_.end()) return {};
   Entry taken = std::move(entry->second);
   entries_.erase(entry);
+  const auto own = by_tenant_.find(taken.record->tenant());
+  own->second.erase(taken.sequence);
+  if (own->second.empty()) by_tenant_.erase(own);
   const auto key = by_request_id_.find(RequestKey(*taken.record));
   if (key != by_request_id_.end() && key->second == id) by_request_id_.erase(key);
   return taken;
@@ -117,16 +129,17 @@ std::shared_ptr<JobRecord> JobStore::Find(const std::string& id, const std::stri
   return entry->second.record;
 }
 
-std::vector<JobStore::Listed> JobStore::List(const std::string& tenant) const {
+std::vector<JobStore::Listed> JobStore::List(const std::string& tenant, std::uint64_t before,
+                                             std::size_t most) const {
   std::vector<Listed> found;
-  {
-    std::lock_guard lock(mutex_);
-    for (const auto& [id, entry] : entries_) {
-      if (entry.record->tenant() == tenant) found.push_back({entry.sequence, entry.record});
-    }
+  std::lock_guard lock(mutex_);
+  const auto own = by_tenant_.find(tenant);
+  if (own == by_tenant_.end()) return found;
+  for (auto job = own->second.lower_bound(before);
+       job != own->second.begin() && found.size() < most;) {
+    --job;
+    found.push_back({job->first, job->second});
   }
-  std::sort(found.begin(), found.end(),
-            [](const Listed& a, const Listed& b) { return a.sequence > b.sequence; });
   return found;
 }
 

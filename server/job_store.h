@@ -1,7 +1,9 @@
 // JobStore: every job that the server knows, and for how long it does.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
+#include <limits>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -46,8 +48,10 @@ class JobStore {
     std::uint64_t sequence = 0;  // of acceptance
     std::shared_ptr<JobRecord> record;
   };
-  // Newest first.
-  std::vector<Listed> List(const std::string& tenant) const;
+  // A tenant's newest first: at most `most` of those accepted before `before`. Costs what it gives.
+  std::vector<Listed> List(const std::string& tenant,
+                           std::uint64_t before = std::numeric_limits<std::uint64_t>::max(),
+                           std::size_t most = std::numeric_limits<std::size_t>::max()) const;
   // In the order of acceptance.
   std::vector<std::shared_ptr<JobRecord>> Live() const;
 
@@ -67,8 +71,10 @@ class JobStore {
     std::uint64_t sequence = 0;
   };
   using Entries = std::map<std::string, Entry>;
+  using BySequence = std::map<std::uint64_t, std::shared_ptr<JobRecord>>;
 
   void TakeOver();
+  void Enter(std::shared_ptr<JobRecord> record);
   // Of no more use to anybody: it failed, or was cancelled. Not so one that the next process goes
   // on with.
   bool Dead(const JobRecord& record) const;
@@ -81,6 +87,7 @@ class JobStore {
 
   mutable std::mutex mutex_;
   Entries entries_;                                   // by id
+  std::map<std::string, BySequence> by_tenant_;       // the same; no tenant without a job
   std::map<std::string, std::string> by_request_id_;  // tenant, newline, request_id -> id
   std::uint64_t next_sequence_ = 0;
 };

@@ -2,6 +2,7 @@
 
 #include <gtest/gtest.h>
 
+#include <limits>
 #include <string>
 
 #include "server/refusal.h"
@@ -50,6 +51,29 @@ TEST_F(JobStoreTest, ATenantFindsItsOwnJobsOnly) {
   EXPECT_EQ(CodeOf([&] { store.Find("c", "one"); }), ErrorCode::kNotFound);
   ASSERT_EQ(store.List("two").size(), 1u);
   EXPECT_EQ(store.List("two")[0].record->id(), "b");
+}
+
+TEST_F(JobStoreTest, ListsATenantsNewestFirstFromWhereItIsAsked) {
+  JobStore store(&archive_, {});
+  for (const char* id : {"a", "b", "c", "d", "e"}) {
+    store.Add(MakeRecord(id, "one"), 0);
+    store.Add(MakeRecord(std::string("other-") + id, "two"), 0);
+  }
+  const auto ids = [](const std::vector<JobStore::Listed>& jobs) {
+    std::string all;
+    for (const auto& job : jobs) all += job.record->id();
+    return all;
+  };
+  EXPECT_EQ(ids(store.List("one")), "edcba");
+  const auto page = store.List("one", std::numeric_limits<std::uint64_t>::max(), 2);
+  EXPECT_EQ(ids(page), "ed");
+  store.Remove("d");
+  EXPECT_EQ(ids(store.List("one", page.back().sequence, 2)), "cb") << "its last job is gone";
+  EXPECT_EQ(ids(store.List("one", store.List("one").back().sequence)), "");
+  for (const char* id : {"a", "b", "c", "e"}) store.Remove(id);
+  EXPECT_TRUE(store.List("one").empty());
+  EXPECT_EQ(store.List("two").size(), 5u);
+  EXPECT_TRUE(store.List("nobody").empty());
 }
 
 TEST_F(JobStoreTest, ARepeatedRequestIdIsTheSameJob) {
