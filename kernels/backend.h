@@ -90,7 +90,8 @@ struct BlockMapArgs {
   Tensor k;        // [B, L, H, D] T
   TokenGrid grid;  // kWindow: the clip's token grid, grid.size() == L
   BlockMapOptions options;
-  // What q and k are pooled to, where that is known: [B, Nq, H * D] and [B, Nk, H * D] f32, optional.
+  // What q and k are pooled to, where that is known: [B, Nq, H * D] and [B, Nk, H * D] f32,
+  // optional.
   Tensor q_means;
   Tensor k_means;
 };
@@ -317,8 +318,8 @@ class Backend {
   virtual void InterleaveFrames(const InterleaveFramesArgs& args) = 0;
   virtual void ToPixels(const ToPixelsArgs& args) = 0;
   virtual void Combine(const CombineArgs& args) = 0;
-  // How many elements are NaN or infinite. Waits for the device.
-  virtual std::int64_t CountNonFinite(const Tensor& x) = 0;
+  // Adds to `counter` (i64 [1]) how many elements are NaN or infinite.
+  virtual void CountNonFinite(const Tensor& x, const Tensor& counter) = 0;
 };
 
 struct BackendOptions {
@@ -328,6 +329,9 @@ struct BackendOptions {
 
 // Throws Error(kFailedPrecondition) when this build or this machine has no such device.
 std::unique_ptr<Backend> MakeBackend(Device device, const BackendOptions& options = {});
+
+// How many elements are NaN or infinite. Waits for the device.
+std::int64_t CountNonFinite(Backend& backend, const Tensor& x);
 
 // The CUDA devices that can be used now; 0 without a driver or in a build without CUDA.
 int CudaDeviceCount();

@@ -366,11 +366,9 @@ Tensor WanPipeline::RunTransformer(const WanGeneration& lead, const std::vector<
                             .attention = &lead.attention,
                             .velocity = backend.Allocate(all, DType::kF32),
                             .observer = observer};
-  const bool sparse = lead.attention.kind != AttentionKind::kDense;
-  if (measurements != nullptr && sparse) {
-    args.pair_counters = backend.Allocate({info_.layers, 2}, DType::kI64);
-    backend.Zero(args.pair_counters);
-    measurements->pair_counters = args.pair_counters;
+  if (measurements != nullptr && measurements->sparse) {
+    args.pair_counters =
+        measurements->counters.Slice(0, 2 * info_.layers).Reshape({info_.layers, 2});
     if (measurements->mass_sample >= 0) {
       args.mass_sample = measurements->mass_sample;
       args.mass_kept = backend.Allocate({info_.layers}, DType::kF32);
@@ -382,18 +380,17 @@ Tensor WanPipeline::RunTransformer(const WanGeneration& lead, const std::vector<
 }
 
 void WanPipeline::Read(Measurements& measurements) const {
-  if (measurements.pair_counters.defined()) {
-    Tensor host = Tensor::Host(measurements.pair_counters.shape(), DType::kI64);
-    model_.backend->Copy(measurements.pair_counters, host);
-    const auto* counts = host.data<std::int64_t>();
-    for (int layer = 0; layer < info_.layers; ++layer) {
-      measurements.layer_pairs.push_back({counts[2 * layer], counts[2 * layer + 1]});
-    }
+  const Tensor host = Tensor::Host(measurements.counters.shape(), DType::kI64);
+  model_.backend->Copy(measurements.counters, host);
+  const auto* counts = host.data<std::int64_t>();
+  for (int layer = 0; measurements.sparse && layer < info_.layers; ++layer) {
+    measurements.layer_pairs.push_back({counts[2 * layer], counts[2 * layer + 1]});
   }
+  measurements.non_finite.assign(counts + 2 * info_.layers, counts + host.NumElements());
   if (measurements.mass_kept.defined()) {
-    Tensor host = Tensor::Host(measurements.mass_kept.shape(), DType::kF32);
-    model_.backend->Copy(measurements.mass_kept, host);
-    measurements.layer_mass.assign(host.data<float>(), host.data<float>() + info_.layers);
+    const Tensor mass = Tensor::Host(measurements.mass_kept.shape(), DType::kF32);
+    model_.backend->Copy(measurements.mass_kept, mass);
+    measurements.layer_mass.assign(mass.data<float>(), mass.data<float>() + info_.layers);
   }
 }
 
@@ -421,23 +418,31 @@ std::vector<Pipeline::StepFailure> WanPipeline::DenoiseStep(
   if (clips.empty()) return {};
 
   const auto start = SteadyClock::now();
+  Backend& backend = *model_.backend;
+  const std::int64_t pairs = 2 * std::int64_t{info_.layers};
+  measurements.sparse = clips.front()->attention.kind != AttentionKind::kDense;
+  measurements.counters =
+      backend.Allocate({pairs + static_cast<std::int64_t>(clips.size())}, DType::kI64);
+  backend.Zero(measurements.counters);
   const Tensor velocities = RunTransformer(*clips.front(), samples, &measurements, nullptr);
   // All of the step is queued before anything waits for the device: fresh noise is drawn beside it.
   std::vector<Tensor> before;
   for (std::size_t i = 0; i < clips.size(); ++i) {
     before.push_back(clips[i]->latent);
     StepClip(velocities, first_sample[i], *clips[i]);
+    const std::int64_t counter = pairs + static_cast<std::int64_t>(i);
+    backend.CountNonFinite(clips[i]->latent, measurements.counters.Slice(counter, counter + 1));
   }
   Read(measurements);
   std::vector<StepFailure> failures;
   for (std::size_t i = 0; i < clips.size(); ++i) {
     WanGeneration& clip = *clips[i];
-    if (model_.backend->CountNonFinite(clip.latent) > 0) {
+    if (measurements.non_finite[i] > 0) {
       failures.push_back({&clip, FindNonFinite(clip, before[i])});
     }
     if (clip.denoised()) clip.ReleaseDenoising();
   }
-  model_.backend->Synchronize();
+  backend.Synchronize();
   const double seconds = SecondsSince(start);
   if (failures.empty()) StepRate(clips.front()->attention.kind).Add(flops, seconds);
   for (std::size_t i = 0; i < clips.size(); ++i) {
@@ -491,7 +496,7 @@ std::string WanPipeline::FindNonFinite(const WanGeneration& clip, const Tensor& 
                 samples);
   int first = -1;
   RunTransformer(clip, samples, nullptr, [&](int layer, const Tensor& x) {
-    if (first < 0 && model_.backend->CountNonFinite(x) > 0) first = layer;
+    if (first < 0 && CountNonFinite(*model_.backend, x) > 0) first = layer;
   });
   std::string message = "step " + std::to_string(step + 1) + " of " +
                         std::to_string(clip.clip.steps) +

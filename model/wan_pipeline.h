@@ -67,12 +67,14 @@ class WanPipeline : public Pipeline {
     float timestep = 0;
     const TextContext* text = nullptr;
   };
-  // What sparse attention lets us count in one pass; empty when dense. The device's counters are
-  // read when all of a step is queued: reading waits.
+  // What is counted on the device during a step. It is read when all of the step is queued, and the
+  // counters in one go: each reading waits for the device.
   struct Measurements {
-    Tensor pair_counters;                           // [layers, 2] i64
+    bool sparse = false;
+    Tensor counters;  // i64: [layers, 2] pairs, then one for each clip's values that are not finite
     Tensor mass_kept;                               // [layers] f32
-    std::vector<WanGeneration::Pairs> layer_pairs;  // of all samples together
+    std::vector<std::int64_t> non_finite;           // of each clip
+    std::vector<WanGeneration::Pairs> layer_pairs;  // of all samples together; empty when dense
     std::vector<double> layer_mass;                 // of sample `mass_sample`; empty when not asked
     int mass_sample = -1;
   };

@@ -63,7 +63,7 @@ class CpuBackend final : public Backend {
   void InterleaveFrames(const InterleaveFramesArgs& args) override;
   void ToPixels(const ToPixelsArgs& args) override;
   void Combine(const CombineArgs& args) override;
-  std::int64_t CountNonFinite(const Tensor& x) override;
+  void CountNonFinite(const Tensor& x, const Tensor& counter) override;
 
  private:
   // Attention on bf16 pairs instead of f32.

@@ -128,8 +128,10 @@ void CpuBackend::ToPixels(const ToPixelsArgs& args) {
   });
 }
 
-std::int64_t CpuBackend::CountNonFinite(const Tensor& x) {
-  Check("CountNonFinite").Compute(x, "x");
+void CpuBackend::CountNonFinite(const Tensor& x, const Tensor& counter) {
+  const Check check("CountNonFinite");
+  check.Compute(x, "x");
+  check.Is(counter, Shape{1}, DType::kI64, "counter");
   constexpr std::int64_t kGrain = 1 << 16;
   const std::int64_t n = x.NumElements();
   std::vector<std::int64_t> counts(static_cast<std::size_t>(n / kGrain + 1));
@@ -143,9 +145,7 @@ std::int64_t CpuBackend::CountNonFinite(const Tensor& x) {
       counts[static_cast<std::size_t>(begin / kGrain)] = count;
     });
   });
-  std::int64_t total = 0;
-  for (const std::int64_t count : counts) total += count;
-  return total;
+  for (const std::int64_t count : counts) *counter.data<std::int64_t>() += count;
 }
 
 }  // namespace slalom

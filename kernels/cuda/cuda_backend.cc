@@ -184,16 +184,6 @@ void CudaBackend::Zero(const Tensor& tensor) {
 
 void CudaBackend::Synchronize() { Check(cudaStreamSynchronize(Enter().stream), "Synchronize"); }
 
-std::int64_t CudaBackend::CountNonFinite(const Tensor& x) {
-  const Context& context = Enter();
-  const Tensor counter = context.Allocate({1}, DType::kI64);
-  Zero(counter);
-  cuda::CountNonFinite(context, x, counter);
-  const Tensor count = Tensor::Host({1}, DType::kI64);
-  Copy(counter, count);
-  return *count.data<std::int64_t>();
-}
-
 void CudaBackend::Linear(const LinearArgs& args) { cuda::Linear(Enter(), args); }
 void CudaBackend::LayerNorm(const LayerNormArgs& args) { cuda::LayerNorm(Enter(), args); }
 void CudaBackend::RmsNorm(const RmsNormArgs& args) { cuda::RmsNorm(Enter(), args); }
@@ -244,5 +234,8 @@ void CudaBackend::InterleaveFrames(const InterleaveFramesArgs& args) {
 }
 void CudaBackend::ToPixels(const ToPixelsArgs& args) { cuda::ToPixels(Enter(), args); }
 void CudaBackend::Combine(const CombineArgs& args) { cuda::Combine(Enter(), args); }
+void CudaBackend::CountNonFinite(const Tensor& x, const Tensor& counter) {
+  cuda::CountNonFinite(Enter(), x, counter);
+}
 
 }  // namespace slalom::cuda

@@ -14,8 +14,8 @@
 namespace slalom::cuda {
 
 // Owns the stream, the arena and the matrix library's handle. Operations queue work on the stream
-// and return; Synchronize, copies to the host and CountNonFinite wait. One thread at a time;
-// Tensors may outlive it and be dropped on any thread, because they share the arena.
+// and return; Synchronize and copies to the host wait. One thread at a time; Tensors may outlive it
+// and be dropped on any thread, because they share the arena.
 class CudaBackend final : public Backend {
  public:
   CudaBackend(int index, const BackendOptions& options);
@@ -63,7 +63,7 @@ class CudaBackend final : public Backend {
   void InterleaveFrames(const InterleaveFramesArgs& args) override;
   void ToPixels(const ToPixelsArgs& args) override;
   void Combine(const CombineArgs& args) override;
-  std::int64_t CountNonFinite(const Tensor& x) override;
+  void CountNonFinite(const Tensor& x, const Tensor& counter) override;
 
  private:
   // Every operation runs with this device current: a thread may serve several.

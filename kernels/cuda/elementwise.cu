@@ -350,6 +350,7 @@ void Combine(const Context& context, const CombineArgs& args) {
 
 void CountNonFinite(const Context& context, const Tensor& x, const Tensor& counter) {
   Require(x.defined() && IsComputeType(x.dtype()), "CountNonFinite: x is not f32 or bf16");
+  RequireTensor(counter, {1}, DType::kI64, "CountNonFinite: counter");
   if (x.NumElements() == 0) return;
   const std::int64_t wanted = (x.NumElements() + 255) / 256;
   const auto blocks = static_cast<unsigned>(std::min<std::int64_t>(wanted, context.sm_count * 8));

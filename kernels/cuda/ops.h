@@ -32,7 +32,7 @@ void GatedGelu(const Context& context, const Tensor& x, const Tensor& out);
 void Embedding(const Context& context, const Tensor& ids, const Tensor& table, const Tensor& out);
 void TimestepEmbedding(const Context& context, const Tensor& timesteps, const Tensor& out);
 void Combine(const Context& context, const CombineArgs& args);
-// counter: i64 [1] on the device.
+// Adds to counter: i64 [1] on the device.
 void CountNonFinite(const Context& context, const Tensor& x, const Tensor& counter);
 // Between f32, bf16, f16, f64 (from) and f32, bf16 (to), both on the device, as many elements.
 void Convert(const Context& context, const Tensor& from, const Tensor& to);

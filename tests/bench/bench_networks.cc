@@ -93,7 +93,7 @@ class Bench {
 
   void Predict(std::size_t bytes) { report_["predicted_bytes"] = bytes; }
   void RequireFinite(const Tensor& tensor, const char* what) {
-    if (backend_->CountNonFinite(tensor) > 0) {
+    if (CountNonFinite(*backend_, tensor) > 0) {
       throw Error(ErrorCode::kInternal, std::string(what) + " has values that are not finite");
     }
   }

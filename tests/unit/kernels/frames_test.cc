@@ -160,11 +160,19 @@ TEST_P(FramesTest, ToPixels) {
 
 TEST_P(FramesTest, CountNonFinite) {
   Array x = Random(Shape{70001}, type());
-  EXPECT_EQ(backend().CountNonFinite(Upload(x, type())), 0);
+  EXPECT_EQ(slalom::CountNonFinite(backend(), Upload(x, type())), 0);
   x[0] = std::numeric_limits<double>::infinity();
   x[65536] = std::numeric_limits<double>::quiet_NaN();
   x[70000] = -std::numeric_limits<double>::infinity();
-  EXPECT_EQ(backend().CountNonFinite(Upload(x, type())), 3);
+  const Tensor bad = Upload(x, type());
+  EXPECT_EQ(slalom::CountNonFinite(backend(), bad), 3);
+  const Tensor counter = backend().Allocate({1}, DType::kI64);
+  backend().Zero(counter);
+  backend().CountNonFinite(bad, counter);
+  backend().CountNonFinite(bad, counter);
+  const Tensor sum = Tensor::Host({1}, DType::kI64);
+  backend().Copy(counter, sum);
+  EXPECT_EQ(*sum.data<std::int64_t>(), 6) << "each call adds";
 }
 
 INSTANTIATE_TEST_SUITE_P(Devices, FramesTest, testing::ValuesIn(OpCases()), OpCaseName);
