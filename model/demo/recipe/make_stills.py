@@ -6,6 +6,11 @@ The demo model learns stills (all weights, every block critical, so dense), then
 learn from it; the reader of tests/demo judges colour and shape of stills for held-out captions.  256x256 is 256
 tokens: with blocks of 16, two critical blocks of sixteen.  Ends within --minutes and goes on in the next call, like
 make_adapters.py, side by side on several --gpus; --out gets stills.md, the adapters and report.txt.
+
+    python make_stills.py --work /tmp/stills --out out --minutes 45 --data latents-256-1.safetensors --gpus 0 1 --eager \\
+        --precision bf16 --batch 32 --dense-minutes 18 --adapter-batch 4 --adapter-minutes 6 --warmup 20 --count 40
+
+does the same on a CPU, two scripts at a time, from latents that a call with a GPU left in its work folder.
 """
 
 from __future__ import annotations
@@ -22,7 +27,8 @@ from phases import Call, Phase, add_call_arguments
 BLOCKS = ("--block-q", 16, "--block-k", 16, "--tile", "1,2,8")
 SPARSE = ("--attention", "sla", "--topk", 0.125, "--negligible", 0.1, *BLOCKS)
 LINEAR = ("--attention", "sla", "--topk", 0, "--scope", "all")
-EVERYTHING = ("--attention", "sla", "--topk", 1, "--negligible", 0, *BLOCKS)  # dense, by another name
+# Dense, by another name: one block holds all tokens.
+EVERYTHING = ("--attention", "sla", "--topk", 1, "--negligible", 0, "--block-q", 256, "--block-k", 256)
 
 
 def model_folder(dense: Path, folder: Path) -> None:
@@ -37,14 +43,17 @@ def model_folder(dense: Path, folder: Path) -> None:
 
 def phases_of(args: argparse.Namespace) -> list[Phase]:
     work, stills = args.work, args.work / "model"
-    size, clips, batch = (64, 4, 2) if args.tiny else (256, 24_576, 256)
-    length = ("--steps", 6) if args.tiny else ("--clock-minutes", args.adapter_minutes)
-    compiled = () if args.tiny else ("--compile",)
-    data, sla = work / f"latents-{size}-1.safetensors", work / "sla" / "out"
+    size, clips, batch, small = (64, 4, 2, 1) if args.tiny else (256, 24_576, args.batch, args.adapter_batch)
+    common = (*(() if args.tiny or args.eager else ("--compile",)), *(("--precision", args.precision) if args.precision else ()))
+    data, sla = args.data or work / f"latents-{size}-1.safetensors", work / "sla" / "out"
+    training = (*TRAINING, "--warmup", args.warmup, "--rank", 64)
 
-    def train(name: str, model: Path, after: str, gpu: int, batch: int, *options: object) -> Phase:
+    def length(minutes: float) -> tuple:
+        return ("--steps", 6) if args.tiny else ("--clock-minutes", minutes)
+
+    def train(name: str, model: Path, after: tuple[str, ...], gpu: int, batch: int, *options: object) -> Phase:
         return Phase(name, finetune("train", "--model", model, "--data", data, "--work", work / name, "--out",
-                                    work / name / "out", "--batch", batch, *compiled, *length, *options), 60, (after,), gpu,
+                                    work / name / "out", "--batch", batch, *common, *options), 60, after, gpu,
                      environment={"SLALOM_ATTENTION_LIBRARY": "none"})
 
     def draw(name: str, after: str, gpu: int, *options: object) -> Phase:
@@ -54,11 +63,12 @@ def phases_of(args: argparse.Namespace) -> list[Phase]:
             gpu)
 
     stills_set = ClipSet(size, 1, clips, min(clips, 64), (0, 1), batch, 1)
-    found = data_phases(args, stills_set, 60, 78)
+    found = [] if args.data else data_phases(args, stills_set, 60, 78)
+    ready, distilled = tuple(phase.name for phase in found[-1:]), length(args.adapter_minutes)
     found += [
-        train("dense", MODEL, found[-1].name, 0, batch, *EVERYTHING, "--train", "all", "--base-rate", 5e-4),
-        train("sla", stills, "dense", 0, batch // 2, *SPARSE, *TRAINING, "--rank", 64),
-        train("linear", stills, "dense", 1, batch // 2, *LINEAR, *TRAINING, "--rank", 64),
+        train("dense", MODEL, ready, 0, batch, *EVERYTHING, "--train", "all", "--base-rate", 5e-4, *length(args.dense_minutes)),
+        train("sla", stills, ("dense",), 0, small, *SPARSE, *training, *distilled),
+        train("linear", stills, ("dense",), 1, small, *LINEAR, *training, *distilled),
         draw("dense", "dense", 0, "--attention", "dense"),
         draw("linear", "linear", 1, "--adapter", work / "linear" / "out" / "attention" / "linear.safetensors"),
         Phase("untrained", [sys.executable, __file__, "--untrain", str(sla)], 5, ("sla",)),
@@ -101,9 +111,16 @@ def main() -> int:
         return 0
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add_call_arguments(parser)
-    parser.add_argument("--adapter-minutes", type=float, default=1.5, help="of each of the three trainings")
+    parser.add_argument("--dense-minutes", type=float, default=1.5, help="in which the dense model learns stills")
+    parser.add_argument("--adapter-minutes", type=float, default=1.5, help="of SLA, and of the linear branch alone")
+    parser.add_argument("--batch", type=int, default=256, help="stills, of the dense model's training")
+    parser.add_argument("--adapter-batch", type=int, default=128)
+    parser.add_argument("--warmup", type=int, default=200, help="steps, of the adapters")
+    parser.add_argument("--precision", choices=("f32", "bf16"), help="of the trainings; default: bf16 on a GPU")
+    parser.add_argument("--eager", action="store_true", help="without compilers")
     parser.add_argument("--count", type=int, default=256, help="captions")
     parser.add_argument("--latents", type=Path, help="a folder with latents-256-1 of latents.py, instead of new ones")
+    parser.add_argument("--data", type=Path, help="the file that `slalom_finetune prepare` made of such a folder, instead")
     args = parser.parse_args()
     args.work = args.work.resolve()
     call, phases = Call(args.work, args.minutes, args.gpus), phases_of(args)
