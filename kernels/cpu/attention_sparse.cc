@@ -91,13 +91,14 @@ class SlaRun {
   const ScopeStates scope_;
   std::int64_t group_ = 1;
   std::int64_t scratch_floats_ = 0;
-  Tensor packed_;                         // [group, blocks, block_floats]
-  Tensor sums_;                           // [group, pieces, state_floats]
-  Tensor states_;                         // [group, states_per_head, state_floats]
-  Tensor scratch_;                        // [threads, scratch_floats]
-  Tensor weight_;                         // [D, padded D]: proj_weight transposed
-  std::vector<ScopeStates::Plan> plans_;  // [group, states_per_head]
-  std::vector<std::int32_t> lists_;       // [group, states_per_head, pieces]
+  Tensor packed_;                          // [group, blocks, block_floats]
+  Tensor sums_;                            // [group, pieces, state_floats]
+  Tensor states_;                          // [group, states_per_head, state_floats]
+  Tensor scratch_;                         // [threads, scratch_floats]
+  Tensor weight_;                          // [D, padded D]: proj_weight transposed
+  std::vector<std::uint64_t> scope_bits_;  // [group, states_per_head, words]
+  std::vector<ScopeStates::Plan> plans_;   // [group, states_per_head]
+  std::vector<std::int32_t> lists_;        // [group, states_per_head, pieces]
 };
 
 template <typename T>
@@ -131,6 +132,7 @@ SlaRun<T>::SlaRun(CpuBackend& backend, const simd::Kernels& kernels, const Paral
     sums_ = backend.Allocate(Shape{group_, pieces_, state}, DType::kF32);
     states_ = backend.Allocate(Shape{group_, states_per_head_, state}, DType::kF32);
     plans_.resize(static_cast<std::size_t>(group_ * states_per_head_));
+    scope_bits_.resize(plans_.size() * static_cast<std::size_t>(scope_.words()));
     lists_.resize(plans_.size() * static_cast<std::size_t>(pieces_));
     weight_ = backend.Allocate(Shape{s_.head_size, width}, DType::kF32);
     backend.Zero(weight_);
@@ -204,11 +206,16 @@ void SlaRun<T>::PackAndSum(std::int64_t first, std::int64_t heads) {
 template <typename T>
 void SlaRun<T>::States(std::int64_t first, std::int64_t heads) {
   const std::int64_t blocks = layout_.blocks();
+  const std::int64_t words = scope_.words();
   parallel_.Tasks(heads * states_per_head_, [&](std::int64_t i, int /*thread*/) {
-    const std::uint8_t* classes =
-        map_.classes.data<std::uint8_t>() + (first * states_per_head_ + i) * blocks;
+    scope_.Mark(args_.scope,
+                map_.classes.data<std::uint8_t>() + (first * states_per_head_ + i) * blocks,
+                scope_bits_.data() + i * words);
+  });
+  parallel_.Tasks(heads * states_per_head_, [&](std::int64_t i, int /*thread*/) {
+    const std::int64_t slot = i / states_per_head_;
     plans_[static_cast<std::size_t>(i)] =
-        scope_.MakePlan(args_.scope, classes, i % states_per_head_ > 0 ? classes - blocks : nullptr,
+        scope_.MakePlan(scope_bits_.data() + slot * states_per_head_ * words, i % states_per_head_,
                         lists_.data() + i * pieces_);
   });
   parallel_.Tasks(heads * scope_.pieces(), [&](std::int64_t task, int thread) {
