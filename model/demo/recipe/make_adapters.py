@@ -260,7 +260,7 @@ def draw_curves(args: argparse.Namespace, home: ClipSet) -> None:
                                         if adapter_file(args, kind, share).exists())]
                        for kind in SHIPPED if adapter_file(args, kind).exists()}}
     for what, key, factor, unit in (("accuracy", "all", 100, "colour, shape and motion right, %"),
-                                    ("subject", "subject", 100, "subject consistency, %"), ("psnr", "psnr", 1, "dB")):
+                                    ("subject", "subject", 100, "subject consistency, %"), ("psnr", "psnr", 1, "PSNR to the dense clips, dB")):
         for x, series in lines.items():
             points = {name: [(place, factor * results[row][key]) for place, row in rows if key in results.get(row, {})]
                       for name, rows in series.items()}
