@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
 """Lets a running slalomd make clips for captions of scenes that training never saw, for check_clips.py.
 
-    tests/demo/generate_clips.py DIR --count 100 --slalom build/cpu/bin/slalom -- --steps 20
+    tests/demo/generate_clips.py DIR --count 100 --slalom build/cpu/bin/slalom -- --attention dense --steps 20
     tests/demo/check_clips.py DIR
 
-What follows -- goes to `slalom generate`.  Clips that are in DIR already stay: call it again to go on.
+What follows -- goes to `slalom generate`; without an attention there the model's default is judged.  Clips that are in DIR already stay: call it again to go on.
 """
 
 from __future__ import annotations

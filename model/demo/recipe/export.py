@@ -94,7 +94,7 @@ INDEX = {"_class_name": "WanPipeline", "transformer": ["diffusers", "WanTransfor
          "tokenizer": ["transformers", "T5TokenizerFast"], "scheduler": ["diffusers", "UniPCMultistepScheduler"]}
 DEFAULTS = {"name": "demo",
             "defaults": {"width": 256, "height": 256, "num_frames": 33, "fps": 16, "steps": 20, "guidance_scale": 3.0,
-                         "flow_shift": 3.0, "sampler": "unipc", "attention": "dense"},
+                         "flow_shift": 3.0, "sampler": "unipc", "attention": "sla"},
             "limits": {"max_width": 512, "max_height": 512, "max_frames": 65, "max_pixels": 512 * 512 * 49,
                        "max_steps": 100, "max_prompt_bytes": 2048}}
 
