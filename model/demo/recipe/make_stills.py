@@ -100,8 +100,8 @@ def report(args: argparse.Namespace) -> str:
         if (drawn / name).exists():
             row = judge(drawn / name, clips, None if name == "dense" else drawn / "dense")
             if row["clips"]:
-                lines.append(f"| {name} | {row['clips']} | {100 * row['color']:.1f} % | {100 * row['shape']:.1f} % | "
-                             f"{row.get('psnr', 0):.2f} | {row.get('ssim', 0):.3f} |")
+                likeness = f"{row['psnr']:.2f} | {row['ssim']:.3f}" if "psnr" in row else " | "
+                lines.append(f"| {name} | {row['clips']} | {100 * row['color']:.1f} % | {100 * row['shape']:.1f} % | {likeness} |")
     return "\n".join(lines) + "\n"
 
 
