@@ -5,7 +5,7 @@
 #   tests/bench/kernels_on_gpu.sh RESULT_DIR build                 # nothing but the build
 #   tests/bench/kernels_on_gpu.sh RESULT_DIR rungs GLOB            # rungs of the ladder with such names, no times
 #   tests/bench/kernels_on_gpu.sh RESULT_DIR times 'PART PART'     # no rungs, these parts of kernels_bench
-#   tests/bench/kernels_on_gpu.sh RESULT_DIR sanitize              # memcheck, racecheck and initcheck over the tests
+#   tests/bench/kernels_on_gpu.sh RESULT_DIR sanitize [FILTER]     # $SANITIZE (memcheck racecheck initcheck) over the tests, $JOBS at a time
 #   tests/bench/kernels_on_gpu.sh RESULT_DIR where PROGRAM FILTER  # where a test hangs, by cuda-gdb
 #
 # Each rung of the ladder is a process of its own with a short limit, so that a fault or a hang hides
@@ -57,28 +57,19 @@ build() {
 program() { find "$build/tests" -name "$1" -type f -perm -u+x | head -1; }
 
 # --- other modes ---
-sanitize() {  # TOOL PROGRAM FILTER
-  # One test asks for more memory than there is, on purpose.
-  local quiet=()
-  [ "$1" = memcheck ] && quiet=(--report-api-errors no)
-  timeout -k 5 120 compute-sanitizer --tool "$1" "${quiet[@]}" --error-exitcode 9 "$(program "$2")" --gtest_brief=1 \
-    --gtest_filter="$3" >"$logs/$1-$2.log" 2>&1
-  echo "$1 $2 $3: exit $?, $(grep -E 'ERROR SUMMARY|RACECHECK SUMMARY' "$logs/$1-$2.log" | tail -1)"
-  grep -E '=========' "$logs/$1-$2.log" | head -8 | cut -c1-200
-}
 finish() { tar -czf "$results/logs.tar.gz" -C "$results" logs; rm -rf "$logs"; }
 trap finish EXIT
 if [ "$mode" = sanitize ]; then
-  for tool in memcheck racecheck; do
-    sanitize $tool kernels_cuda_hopper_test '*'
-    sanitize $tool kernels_cuda_attention_test 'HopperAttentionSteps*:*TensorCoreWithBias:LinearBranchKernels*:SlaKernels.*Tile*:SlaKernels.*Critical*:BlockMaps*'
-    sanitize $tool kernels_cuda_backward_test 'HopperGradientSteps*:*OneTile'
-    sanitize $tool kernels_cuda_conv_test '*HopperSteps'
-    sanitize $tool kernels_cuda_test '*Rows*:*Frames*:*Map*:*Sla*:*Salad*'
-  done
-  sanitize initcheck kernels_cuda_attention_test 'LinearBranchKernels*:SlaKernels.*Tile*:SlaKernels.*Critical*:BlockMaps*'
-  sanitize initcheck kernels_cuda_test '*Rows*:*Map*:*Sla*'
-  exit 0
+  # shellcheck source=tests/bench/sanitize.sh
+  . tests/bench/sanitize.sh
+  JOBS=${JOBS:-8} LIMIT=${LIMIT:-600} LIBRARIES=$build failures=0
+  find_program() { program=("$(program "$1")"); }
+  fail() { echo "FAILED: $*"; failures=$((failures + 1)); }
+  # Host tests launch nothing.
+  run_sanitizers "$logs" "${3:-*}" kernels_cuda_hopper_test kernels_cuda_attention_test kernels_cuda_backward_test \
+    kernels_cuda_conv_test kernels_cuda_test slalom_attention_cuda_test
+  [ $failures -eq 0 ]
+  exit
 fi
 if [ "$mode" = where ]; then
   timeout -s INT -k 30 20 cuda-gdb -batch -ex run -ex 'info cuda kernels' -ex 'info cuda warps' -ex bt \

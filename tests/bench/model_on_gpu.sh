@@ -43,6 +43,9 @@ find_program() {
   program=("$(find "$BUILD" -name "$1" -type f -perm -u+x | head -1)")
   [ -n "${program[0]}" ] || { echo "no $1 below $BUILD"; return 1; }
 }
+# shellcheck source=tests/bench/sanitize.sh
+. tests/bench/sanitize.sh
+LIBRARIES=${LIBRARIES:-$BUILD}
 limited() {  # NAME ARGS...
   local program
   find_program "$1" || return
@@ -114,51 +117,8 @@ part_model() {
   limited write_random_model ${MODEL_ARGS:---size 1.3b --transformer-dtype bf16} "$MODEL" || fail "writing the model"
 }
 kinds() { tr ' ' ',' <<<"$ATTENTION"; }
-# What NVIDIA's kernels do is not ours to judge, but racecheck, told to look at ours alone, makes cuBLASLt's fault, and initcheck
-# does not see what they write: a library takes cuBLASLt's place (tests/bench/plain_products.cu) or helps it.
-sanitize() {  # TOOL TEST CASE
-  local program options=(--tool "$1" --report-api-errors no --error-exitcode 9) log="$out/$1-${3//\//.}.log" library
-  find_program "$2" || return
-  case $1 in racecheck) library=plain_products ;; initcheck) library=initialised_products ;; *) library='' ;; esac
-  if [ -n "$library" ]; then
-    library=$(find "${LIBRARIES:-$BUILD}" -name "lib$library.so" 2>/dev/null | head -1)
-    [ -n "$library" ] || { echo "exit: no library to preload for $1" >"$log"; return; }
-    options+=(--kernel-name kns=slalom)
-    # shellcheck disable=SC2016  # beside what compute-sanitizer itself preloads
-    program=(/bin/bash -c 'LD_PRELOAD=$0${LD_PRELOAD:+:$LD_PRELOAD} exec "$@"' "$(realpath "$library")" "${program[@]}")
-  fi
-  timeout -k 5 "$LIMIT" compute-sanitizer "${options[@]}" "${program[@]}" --gtest_filter="$3" >"$log" 2>&1
-  echo "exit $?" >>"$log"
-}
-cases() {  # TEST
-  limited "$1" --gtest_list_tests --gtest_filter="${SANITIZE_FILTER:-*cuda*:*PipelineDevices*}" |
-    awk '/^[^ ]/ { suite = $1 } /^ / { print suite $1 }'
-}
-judge_sanitize() {  # TOOL CASE...
-  local case log clean=0
-  for case in "${@:2}"; do
-    log="$out/$1-${case//\//.}.log"
-    if grep -q '^exit 0$' "$log" && grep -q 'PASSED  \] 1 test' "$log"; then clean=$((clean + 1)); continue; fi
-    fail "$1 of $case: $(grep -E 'ERROR SUMMARY|RACECHECK SUMMARY|PASSED|SKIPPED|FAILED|^exit' "$log" | sort -u | tr '\n' ' ')"
-    grep -m 20 '^=========' "$log" | cut -c1-160
-  done
-  echo "$1: $clean of $(($# - 1)) cases clean"
-  [ $# -gt 1 ] || fail "$1: no test matches"
-}
 part_sanitize() {
-  local tool test case ran
-  for tool in ${SANITIZE:-memcheck racecheck initcheck}; do
-    ran=()
-    for test in pipeline_devices_test network_parity_test; do
-      for case in $(cases $test); do
-        while [ "$(jobs -rp | wc -l)" -ge "$JOBS" ]; do wait -n; done
-        sanitize "$tool" "$test" "$case" &
-        ran+=("$case")
-      done
-    done
-    wait
-    judge_sanitize "$tool" "${ran[@]}"
-  done
+  run_sanitizers "$out" "${SANITIZE_FILTER:-*cuda*:*PipelineDevices*}" pipeline_devices_test network_parity_test
 }
 part_networks() {
   bench --sizes "${SIZE}x$FRAMES" --parts text,forward,decode --attention "$(kinds)" | tail -n +3 || fail "networks"

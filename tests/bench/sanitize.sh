@@ -1,0 +1,58 @@
+# compute-sanitizer over GoogleTest programs, each case in a process of its own, so that one that hangs or is cut off
+# costs no other. To be sourced by a script that has
+#   find_program NAME   sets the array `program` to the command that runs a program of ours
+#   fail TEXT           notes a failure
+# shellcheck shell=bash
+#
+#   run_sanitizers OUT FILTER TEST...   the cases of each program that FILTER names, under each of $SANITIZE (memcheck
+#                                       racecheck initcheck), $JOBS side by side, $LIMIT seconds each; logs in OUT
+#
+# What NVIDIA's kernels do is not ours to judge, but racecheck, told to look at ours alone, makes cuBLASLt's fault, and
+# initcheck does not see what they write: a library below $LIBRARIES takes cuBLASLt's place (plain_products.cu) or helps
+# it (initialised_products.cc).
+
+sanitize_case() {  # OUT TOOL TEST CASE
+  local program options=(--tool "$2" --report-api-errors no --error-exitcode 9) log="$1/$2-${4//\//.}.log" library
+  find_program "$3" || return
+  case $2 in racecheck) library=plain_products ;; initcheck) library=initialised_products ;; *) library='' ;; esac
+  if [ -n "$library" ]; then
+    library=$(find "$LIBRARIES" -name "lib$library.so" 2>/dev/null | head -1)
+    [ -n "$library" ] || { echo "exit: no library to preload for $2" >"$log"; return; }
+    options+=(--kernel-name kns=slalom)
+    # shellcheck disable=SC2016  # beside what compute-sanitizer itself preloads
+    program=(/bin/bash -c 'LD_PRELOAD=$0${LD_PRELOAD:+:$LD_PRELOAD} exec "$@"' "$(realpath "$library")" "${program[@]}")
+  fi
+  timeout -k 5 "$LIMIT" compute-sanitizer "${options[@]}" "${program[@]}" --gtest_filter="$4" >"$log" 2>&1
+  echo "exit $?" >>"$log"
+}
+sanitize_cases() {  # FILTER TEST
+  local program
+  find_program "$2" || return
+  "${program[@]}" --gtest_list_tests --gtest_filter="$1" | awk '/^[^ ]/ { suite = $1 } /^ / { print suite $1 }'
+}
+judge_cases() {  # OUT TOOL CASE...
+  local case log clean=0
+  for case in "${@:3}"; do
+    log="$1/$2-${case//\//.}.log"
+    if grep -q '^exit 0$' "$log" && grep -q 'PASSED  \] 1 test' "$log"; then clean=$((clean + 1)); continue; fi
+    fail "$2 of $case: $(grep -E 'ERROR SUMMARY|RACECHECK SUMMARY|PASSED|SKIPPED|FAILED|^exit' "$log" | sort -u | tr '\n' ' ')"
+    grep -m 20 '^=========' "$log" | cut -c1-160
+  done
+  echo "$2: $clean of $(($# - 2)) cases clean"
+  [ $# -gt 2 ] || fail "$2: no test matches"
+}
+run_sanitizers() {  # OUT FILTER TEST...
+  local tool test case ran
+  for tool in ${SANITIZE:-memcheck racecheck initcheck}; do
+    ran=()
+    for test in "${@:3}"; do
+      for case in $(sanitize_cases "$2" "$test"); do
+        while [ "$(jobs -rp | wc -l)" -ge "$JOBS" ]; do wait -n; done
+        sanitize_case "$1" "$tool" "$test" "$case" &
+        ran+=("$case")
+      done
+    done
+    wait
+    judge_cases "$1" "$tool" "${ran[@]}"
+  done
+}
