@@ -4,7 +4,8 @@
     tests/demo/generate_clips.py DIR --count 100 --slalom build/cpu/bin/slalom -- --attention dense --steps 20
     tests/demo/check_clips.py DIR
 
-What follows -- goes to `slalom generate`; without an attention there the model's default is judged.  Clips that are in DIR already stay: call it again to go on.
+What follows -- goes to `slalom generate`; without an attention there the model's default is judged.
+Clips that are in DIR already stay: call it again to go on.
 """
 
 from __future__ import annotations
