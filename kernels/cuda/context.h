@@ -12,6 +12,8 @@ namespace slalom::cuda {
 
 class Gemm;
 
+inline constexpr int kHopperMajor = 9;  // compute capability of kernels with TMA and wgmma
+
 struct Context {
   cudaStream_t stream = nullptr;
   Device device;

@@ -337,12 +337,7 @@ void BenchSmallBlocks(Bench& bench, const SparseCase& c, const std::string& name
   problem.q_length = problem.k_length = c.tokens;
   problem.head_size = kHeadSize;
   problem.scale = 1.0f / std::sqrt(static_cast<float>(kHeadSize));
-  problem.list = {map.critical.data<std::int32_t>(),
-                  map.counts.data<std::int32_t>(),
-                  map.classes.dim(2),
-                  map.critical.dim(3),
-                  map.block_q,
-                  map.block_k};
+  problem.list = cuda::BlockList::Critical(map);
   const cuda::Context& context = bench.backend().context();
   using cuda::AttentionKernel;
   bench.Flops(name + ": mma.sync", c.Flops(),

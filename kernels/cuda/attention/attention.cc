@@ -10,9 +10,6 @@
 namespace slalom::cuda {
 namespace {
 
-constexpr int kHopperBlock = 64;      // what blocks are multiples of
-constexpr int kTensorCoreBlock = 16;  // likewise
-constexpr int kHopperMajor = 9;
 constexpr std::int64_t kScoreBytes = std::int64_t{256}
                                      << 20;  // what ProductAttention takes at once
 
@@ -36,9 +33,7 @@ std::byte* At(void* base, std::int64_t elements, DType type) {
 AttentionKernel ChooseAttentionKernel(const AttentionProblem& problem, bool aligned,
                                       int compute_major) {
   const bool dense = problem.list.indices == nullptr;
-  const auto blocks_fit = [&](int unit) {
-    return dense || (problem.list.block_q % unit == 0 && problem.list.block_k % unit == 0);
-  };
+  const auto blocks_fit = [&](int unit) { return dense || problem.list.MadeOf(unit); };
   const bool biased = problem.relative_bias != nullptr;
   const bool tensor_cores = problem.dtype == DType::kBF16 && aligned &&
                             blocks_fit(biased ? kHopperBlock : kTensorCoreBlock) &&

@@ -10,10 +10,6 @@
 namespace slalom::cuda {
 namespace {
 
-constexpr int kHopperBlock = 64;      // what blocks are multiples of
-constexpr int kTensorCoreBlock = 16;  // likewise
-constexpr int kHopperMajor = 9;
-
 bool Aligned(const SparseGradientProblem& problem) {
   for (const void* pointer :
        {problem.q, problem.k, problem.v, problem.d_out, static_cast<const void*>(problem.d_q),
@@ -59,14 +55,11 @@ void LinearPart(const Context& context, const SlaBackwardArgs& args, const Tenso
 
 GradientKernel ChooseGradientKernel(const SparseGradientProblem& problem, bool aligned,
                                     int compute_major) {
-  const auto blocks_fit = [&](int unit) {
-    return problem.keys.block_q % unit == 0 && problem.keys.block_k % unit == 0;
-  };
   const bool tensor_cores = problem.dtype == DType::kBF16 && aligned &&
-                            blocks_fit(kTensorCoreBlock) &&
+                            problem.keys.MadeOf(kTensorCoreBlock) &&
                             (problem.head_size == 64 || problem.head_size == 128);
   if (!tensor_cores) return GradientKernel::kRow;
-  const bool hopper = compute_major == kHopperMajor && blocks_fit(kHopperBlock);
+  const bool hopper = compute_major == kHopperMajor && problem.keys.MadeOf(kHopperBlock);
   return hopper ? GradientKernel::kHopper : GradientKernel::kTensorCore;
 }
 
@@ -101,12 +94,7 @@ SparseGradientProblem MakeSparseGradient(const Tensor& q, const Tensor& k, const
   problem.heads = q.dim(2);
   problem.head_size = static_cast<int>(q.dim(3));
   problem.scale = 1.0f / std::sqrt(static_cast<float>(problem.head_size));
-  problem.keys = {map.critical.data<std::int32_t>(),
-                  map.counts.data<std::int32_t>(),
-                  map.classes.dim(2),
-                  map.critical.dim(3),
-                  map.block_q,
-                  map.block_k};
+  problem.keys = BlockList::Critical(map);
   problem.queries = queries.list;
   return problem;
 }

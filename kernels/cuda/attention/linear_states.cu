@@ -14,7 +14,6 @@ constexpr int kTile = 64;
 constexpr int kThreads = 256;
 constexpr int kOwnRows = 4;  // of a state, that a thread of SumStatesKernel has
 constexpr std::int64_t kScratchBytes = std::int64_t{512} << 20;  // for the heads taken at once
-constexpr int kHopperMajor = 9;
 
 std::int64_t Blocks(std::int64_t length, std::int64_t block) {
   return (length + block - 1) / block;

@@ -3,10 +3,15 @@
 
 #include <cstdint>
 
+#include "kernels/attention.h"
 #include "kernels/core/dtype.h"
 #include "kernels/cuda/context.h"
 
 namespace slalom::cuda {
+
+// What blocks are multiples of, for kernels with wgmma and with mma.sync.
+inline constexpr int kHopperBlock = 64;
+inline constexpr int kTensorCoreBlock = 16;
 
 // Which key blocks each query block attends to; all of them when `indices` is null.
 struct BlockList {
@@ -16,6 +21,18 @@ struct BlockList {
   std::int64_t capacity = 0;
   int block_q = 0;
   int block_k = 0;
+
+  // The map's critical key blocks; `map` has to outlive the list.
+  static BlockList Critical(const BlockMap& map) {
+    return {map.critical.data<std::int32_t>(),
+            map.counts.data<std::int32_t>(),
+            map.classes.dim(2),
+            map.critical.dim(3),
+            map.block_q,
+            map.block_k};
+  }
+  // Whether blocks of both sides are made of whole units of so many rows.
+  bool MadeOf(int unit) const { return block_q % unit == 0 && block_k % unit == 0; }
 };
 
 struct AttentionProblem {

@@ -55,12 +55,7 @@ AttentionProblem SparseProblem(const Tensor& q, const Tensor& k, const Tensor& v
   problem.k_length = q.dim(1);
   problem.head_size = static_cast<int>(q.dim(3));
   problem.scale = 1.0f / std::sqrt(static_cast<float>(problem.head_size));
-  problem.list.indices = map.critical.data<std::int32_t>();
-  problem.list.counts = map.counts.data<std::int32_t>();
-  problem.list.query_blocks = map.classes.dim(2);
-  problem.list.capacity = map.critical.dim(3);
-  problem.list.block_q = map.block_q;
-  problem.list.block_k = map.block_k;
+  problem.list = BlockList::Critical(map);
   return problem;
 }
 

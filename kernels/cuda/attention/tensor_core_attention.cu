@@ -214,9 +214,7 @@ void LaunchForHeadSize(const Context& context, const AttentionProblem& problem) 
   const BlockList& list = problem.list;
   if (problem.relative_bias != nullptr) return Launch<kD, 4, kKeyBlock, true>(context, problem);
   if (list.indices == nullptr) return Launch<kD, 8, kKeyBlock, false>(context, problem);
-  if (list.block_q % kKeyBlock != 0 || list.block_k % kKeyBlock != 0) {
-    return Launch<kD, 1, kSmallKeyBlock, false>(context, problem);
-  }
+  if (!list.MadeOf(kKeyBlock)) return Launch<kD, 1, kSmallKeyBlock, false>(context, problem);
   list.block_q % 128 == 0 ? Launch<kD, 8, kKeyBlock, false>(context, problem)
                           : Launch<kD, 4, kKeyBlock, false>(context, problem);
 }

@@ -238,8 +238,8 @@ void Run(const Context& context, const SparseGradientProblem& problem) {
 
 template <int kD>
 void RunForBlocks(const Context& context, const SparseGradientProblem& problem) {
-  const bool small = problem.keys.block_q % kKeyBlock != 0 || problem.keys.block_k % kKeyBlock != 0;
-  small ? Run<kD, kSmallKeyBlock>(context, problem) : Run<kD, kKeyBlock>(context, problem);
+  problem.keys.MadeOf(kKeyBlock) ? Run<kD, kKeyBlock>(context, problem)
+                                 : Run<kD, kSmallKeyBlock>(context, problem);
 }
 
 }  // namespace
