@@ -118,18 +118,18 @@ rung warpgroup-turns   $hopper '*Turns*' 20
 rung linear            $operations '*RowsTest.Linear*' 45
 rung rows              $operations '*RowsTest.*-*Linear*' 45
 rung frames            $operations '*FramesTest.*-*Conv*' 30
-rung attention-row     $attention 'AttentionKernels.Row' 40
-rung attention-product $attention 'AttentionKernels.Product' 40
-rung attention-mma     $attention 'AttentionKernels.TensorCore*' 40
+rung attention-row     $attention 'Row/*' 60
+rung attention-product $attention 'Product/*:AttentionKernels.Product*' 40
+rung attention-mma     $attention 'TensorCore/*:AttentionKernels.TensorCore*:*AttentionSmallBlocks*' 60
 for step in OneTile HalfATile RaggedTile TwoTiles RingWrapsAround HeadsAndSamples ListsOfOneConsumer \
-  ListsOfTwoConsumers ManyTiles; do
+  ListsOfTwoConsumers ManyTiles ManyTilesOfOneConsumer ManyTilesOfTwoConsumers; do
   rung "hopper-$step" $attention "HopperAttentionSteps.$step" 15
 done
-rung hopper-all        $attention 'AttentionKernels.Hopper' 40
+rung hopper-all        $attention 'Hopper/*' 60
 rung hopper-repeats    $attention 'AttentionKernels.HopperRepeats' 30
-rung conv-mma          $conv '*TensorCore' 30
+rung conv-mma          $conv '*TensorCore*' 30
 rung conv-hopper-steps $conv '*HopperSteps' 15
-rung conv-hopper       $conv 'ConvKernels.Hopper' 40
+rung conv-hopper       $conv '*HopperConv*' 40
 rung conv-operation    $operations '*FramesTest.Conv*' 40
 rung dense             $operations '*AttentionTest.Dense*' 60
 rung maps-one-kernel   $attention 'BlockMaps.*' 30
@@ -137,21 +137,23 @@ rung maps              $operations '*AttentionTest.Map*:*Window*:*Count*:*MassKe
 for step in OneTile Features ManyChunksOfKeys RingWrapsAround Scopes; do
   rung "linear-$step" $attention "LinearBranchKernels.$step" 20
 done
-for step in OneTile OneTileProjected NoCriticalBlock EveryBlockCritical FeatureMaps \
-  LengthsScopesAndBlocks ManyTiles FusedRepeats; do
+rung linear-small-blocks $attention '*LinearBranchSmallBlocks*:LinearBranchKernels.*SmallBlocks' 40
+for step in OneTile OneTileProjected NoCriticalBlock EveryBlockCritical FeatureMaps FusedRepeats; do
   rung "sla-$step" $attention "SlaKernels.$step" 30
 done
+rung sla-lengths       $attention '*SlaLengths*' 60
+rung sla-many-tiles    $attention '*SlaManyTiles*' 30
 rung sla               $operations '*AttentionTest.Sla*' 60
 rung salad             $operations '*AttentionTest.Salad*' 40
 backward=kernels_cuda_backward_test
 rung backward-mma-tile $backward 'SparseGradientKernels.TensorCoreOneTile' 20
-rung backward-mma      $backward 'SparseGradientKernels.TensorCore' 40
+rung backward-mma      $backward 'SparseGradientKernels.TensorCore*:*SparseGradientBlocks*' 40
 for step in OneTile RaggedTile TwoConsumers RingWrapsAround TwoTilesOfNarrowHeads Lists Accumulates; do
   rung "backward-hopper-$step" $backward "HopperGradientSteps.$step" 15
 done
-rung backward-hopper   $backward 'SparseGradientKernels.Hopper' 40
+rung backward-hopper   $backward 'SparseGradientKernels.Hopper:*HopperGradientBlocks*' 40
 rung backward-linear-tile $backward 'LinearGradientKernels.OneTile' 20
-rung backward-linear   $backward 'LinearGradientKernels.*' 60
+rung backward-linear   $backward '*LinearGradient*' 60
 rung backward-sla      $operations '*AttentionBackwardTest.Sla*:*AttentionBackwardTest.Saving*' 60
 rung backward-salad    $operations '*AttentionBackwardTest.Salad*' 60
 rung c-api             slalom_attention_cuda_test '*' 30

@@ -116,12 +116,13 @@ class Sampler:
 
 def write_clip(frames: Tensor, file: Path, fps: int) -> None:
     """uint8 [F, H, W, 3] as H.264, as a picture (.png) or as it is (.npy, which takes no ffmpeg)."""
+    part = file.with_name(f".part{file.suffix}")
     if file.suffix == ".npy":
-        np.save(file, frames.numpy())
+        np.save(part, frames.numpy())
+        part.replace(file)
         return
     _, height, width, _ = frames.shape
     coding = [] if file.suffix == ".png" else ["-c:v", "libx264", "-crf", "12", "-pix_fmt", "yuv420p"]
-    part = file.with_name(f".part{file.suffix}")
     command = ["ffmpeg", "-y", "-v", "error", "-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r",
                str(fps), "-i", "-", *coding, *(["-frames:v", "1"] if file.suffix == ".png" else []), str(part)]
     subprocess.run(command, input=frames.numpy().tobytes(), check=True)

@@ -5,6 +5,7 @@
 #include <cmath>
 #include <random>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "kernels/cuda/attention/problem.h"
@@ -118,21 +119,6 @@ class AttentionKernels : public KernelTest {
            std::to_string(c.block_k);
   }
 
-  void CompareAll(AttentionKernel kernel, bool lists) {
-    for (const int head_size : {64, 128}) {
-      for (const std::int64_t length : {1, 63, 64, 65, 127, 128, 129, 1000, 2176}) {
-        Compare({2, 3, length, length, head_size}, kernel);
-        Compare({1, 2, length, 77, head_size}, kernel);
-        Compare({1, 2, 77, length, head_size}, kernel);
-        if (!lists) continue;
-        Compare({2, 3, length, length, head_size, 64, 64}, kernel);
-        Compare({2, 3, length, length, head_size, 128, 64}, kernel);
-        Compare({1, 2, length, length, head_size, 128, 128}, kernel);
-        Compare({1, 2, length, length, head_size, 64, 192}, kernel);
-      }
-    }
-  }
-
   Tensor indices_, counts_;
 };
 
@@ -162,28 +148,70 @@ TEST_F(HopperAttentionSteps, HeadsAndSamples) { CompareBoth({3, 5, 384, 384}); }
 TEST_F(HopperAttentionSteps, ListsOfOneConsumer) { CompareBoth({1, 2, 640, 640, 0, 64, 64}); }
 TEST_F(HopperAttentionSteps, ListsOfTwoConsumers) { CompareBoth({1, 2, 640, 640, 0, 128, 64}); }
 // More than the device works on at once: a block of threads takes several.
-TEST_F(HopperAttentionSteps, ManyTiles) {
-  CompareBoth({1, 300, 200, 200});
-  CompareBoth({2, 60, 640, 640, 0, 64, 64});
+TEST_F(HopperAttentionSteps, ManyTiles) { CompareBoth({1, 300, 200, 200}); }
+TEST_F(HopperAttentionSteps, ManyTilesOfOneConsumer) { CompareBoth({2, 60, 640, 640, 0, 64, 64}); }
+TEST_F(HopperAttentionSteps, ManyTilesOfTwoConsumers) {
   CompareBoth({2, 60, 640, 640, 0, 128, 64});
 }
 
-TEST_F(AttentionKernels, Hopper) {
-  if (!HasHopper()) GTEST_SKIP() << "this device is not a Hopper";
-  CompareAll(AttentionKernel::kHopper, true);
+// Every kernel at every length, dense and, but for kProduct, by lists of blocks.
+class AttentionLengths
+    : public AttentionKernels,
+      public testing::WithParamInterface<std::tuple<AttentionKernel, std::int64_t>> {};
+
+TEST_P(AttentionLengths, DenseAndLists) {
+  const auto [kernel, length] = GetParam();
+  if (kernel == AttentionKernel::kHopper && !HasHopper()) {
+    GTEST_SKIP() << "this device is not a Hopper";
+  }
+  for (const int head_size : {64, 128}) {
+    Compare({2, 3, length, length, head_size}, kernel);
+    Compare({1, 2, length, 77, head_size}, kernel);
+    Compare({1, 2, 77, length, head_size}, kernel);
+    if (kernel == AttentionKernel::kProduct) continue;
+    Compare({2, 3, length, length, head_size, 64, 64}, kernel);
+    Compare({2, 3, length, length, head_size, 128, 64}, kernel);
+    Compare({1, 2, length, length, head_size, 128, 128}, kernel);
+    Compare({1, 2, length, length, head_size, 64, 192}, kernel);
+  }
 }
 
-TEST_F(AttentionKernels, TensorCore) { CompareAll(AttentionKernel::kTensorCore, true); }
+std::string NameOfLength(const testing::TestParamInfo<AttentionLengths::ParamType>& info) {
+  return "L" + std::to_string(std::get<1>(info.param));
+}
+const auto kLengths = testing::Values<std::int64_t>(1, 63, 64, 65, 127, 128, 129, 1000, 2176);
+INSTANTIATE_TEST_SUITE_P(Hopper, AttentionLengths,
+                         testing::Combine(testing::Values(AttentionKernel::kHopper), kLengths),
+                         NameOfLength);
+INSTANTIATE_TEST_SUITE_P(TensorCore, AttentionLengths,
+                         testing::Combine(testing::Values(AttentionKernel::kTensorCore), kLengths),
+                         NameOfLength);
+INSTANTIATE_TEST_SUITE_P(Product, AttentionLengths,
+                         testing::Combine(testing::Values(AttentionKernel::kProduct), kLengths),
+                         NameOfLength);
+INSTANTIATE_TEST_SUITE_P(Row, AttentionLengths,
+                         testing::Combine(testing::Values(AttentionKernel::kRow), kLengths),
+                         NameOfLength);
 
 // A warp for each 16 queries, in units of 16 keys: every multiple of 16 that is not one of 64.
-TEST_F(AttentionKernels, TensorCoreSmallBlocks) {
+class AttentionSmallBlocks : public AttentionKernels, public testing::WithParamInterface<Blocks> {};
+
+TEST_P(AttentionSmallBlocks, TensorCore) {
+  const auto [block_q, block_k] = GetParam();
   for (const int head_size : {64, 128}) {
-    for (const auto& [block_q, block_k] :
-         {std::pair{16, 16}, {32, 16}, {16, 32}, {32, 32}, {48, 80}, {16, 64}, {128, 16}}) {
-      for (const std::int64_t length : {1, 15, 16, 17, 130, 1000}) {
-        Compare({2, 3, length, length, head_size, block_q, block_k}, AttentionKernel::kTensorCore);
-      }
+    for (const std::int64_t length : {1, 15, 16, 17, 130, 1000}) {
+      Compare({2, 3, length, length, head_size, block_q, block_k}, AttentionKernel::kTensorCore);
     }
+  }
+}
+INSTANTIATE_TEST_SUITE_P(Blocks, AttentionSmallBlocks,
+                         testing::Values(Blocks{16, 16}, Blocks{32, 16}, Blocks{16, 32},
+                                         Blocks{32, 32}, Blocks{48, 80}, Blocks{16, 64},
+                                         Blocks{128, 16}),
+                         NameOfBlocks);
+
+TEST_F(AttentionKernels, TensorCoreManySmallBlocks) {
+  for (const int head_size : {64, 128}) {
     Compare({2, 2, 2304, 2304, head_size, 16, 16}, AttentionKernel::kTensorCore);
     Compare({1, 60, 640, 640, head_size, 16, 16}, AttentionKernel::kTensorCore);
   }
@@ -196,13 +224,10 @@ TEST_F(AttentionKernels, TensorCoreWithBias) {
   }
 }
 
-TEST_F(AttentionKernels, Product) {
-  CompareAll(AttentionKernel::kProduct, false);
+TEST_F(AttentionKernels, ProductOfWideHeadsAndWithBias) {
   Compare({2, 1, 300, 300, 384}, AttentionKernel::kProduct);
   Compare({1, 2, 65, 65, 64, 0, 0, true}, AttentionKernel::kProduct);
 }
-
-TEST_F(AttentionKernels, Row) { CompareAll(AttentionKernel::kRow, true); }
 
 // The same inputs give the same bits: a result that moves is a race.
 TEST_F(AttentionKernels, HopperRepeats) {

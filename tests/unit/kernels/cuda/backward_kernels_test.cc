@@ -129,13 +129,14 @@ class BackwardTest : public KernelTest {
     ExpectClose(result.v, exact.v, Name(c) + " d_v");
   }
 
-  void CompareAll(GradientKernel kernel) {
+  void CompareBlocks(GradientKernel kernel, Blocks blocks) {
+    const auto [block_q, block_k] = blocks;
     for (const int head_size : {64, 128}) {
-      for (const auto& [block_q, block_k] : {std::pair{64, 64}, {128, 64}, {64, 128}, {128, 128}}) {
-        CompareSparse({2, 3, 517, head_size, block_q, block_k}, kernel);
-        CompareSparse({1, 2, 1000, head_size, block_q, block_k, 1}, kernel, true);
-      }
+      CompareSparse({2, 3, 517, head_size, block_q, block_k}, kernel);
+      CompareSparse({1, 2, 1000, head_size, block_q, block_k, 1}, kernel, true);
     }
+  }
+  void CompareLengthsAndShares(GradientKernel kernel) {
     CompareSparse({1, 1, 1}, kernel);
     CompareSparse({1, 1, 65, 128, 128, 64, 5}, kernel);
     CompareSparse({1, 1, 300, 64, 64, 64, 0}, kernel);  // lists without an entry
@@ -203,16 +204,18 @@ TEST_F(SparseGradientKernels, TensorCoreOneTile) {
   CompareSparse({.head_size = 64, .share = 5}, GradientKernel::kTensorCore);
   CompareSparse({.share = 5}, GradientKernel::kTensorCore);
 }
-TEST_F(SparseGradientKernels, TensorCore) { CompareAll(GradientKernel::kTensorCore); }
-// One warp for each 16 rows, in units of 16 of the other side.
+TEST_F(SparseGradientKernels, TensorCore) { CompareLengthsAndShares(GradientKernel::kTensorCore); }
+// In small blocks one warp for each 16 rows, in units of 16 of the other side.
+class SparseGradientBlocks : public BackwardTest, public testing::WithParamInterface<Blocks> {};
+TEST_P(SparseGradientBlocks, TensorCore) { CompareBlocks(GradientKernel::kTensorCore, GetParam()); }
+INSTANTIATE_TEST_SUITE_P(Blocks, SparseGradientBlocks,
+                         testing::Values(Blocks{64, 64}, Blocks{128, 64}, Blocks{64, 128},
+                                         Blocks{128, 128}, Blocks{16, 16}, Blocks{32, 16},
+                                         Blocks{16, 32}, Blocks{48, 80}, Blocks{16, 64},
+                                         Blocks{128, 16}),
+                         NameOfBlocks);
 TEST_F(SparseGradientKernels, TensorCoreSmallBlocks) {
   for (const int head_size : {64, 128}) {
-    for (const auto& [block_q, block_k] :
-         {std::pair{16, 16}, {32, 16}, {16, 32}, {48, 80}, {16, 64}, {128, 16}}) {
-      CompareSparse({2, 3, 517, head_size, block_q, block_k}, GradientKernel::kTensorCore);
-      CompareSparse({1, 2, 1000, head_size, block_q, block_k, 1}, GradientKernel::kTensorCore,
-                    true);
-    }
     CompareSparse({1, 1, 1, head_size, 16, 16}, GradientKernel::kTensorCore);
     CompareSparse({1, 2, 2304, head_size, 16, 16, 1}, GradientKernel::kTensorCore);
     CompareSparse({1, 1, 300, head_size, 16, 16, 0}, GradientKernel::kTensorCore);
@@ -256,8 +259,17 @@ TEST_F(HopperGradientSteps, Accumulates) {
 }
 TEST_F(SparseGradientKernels, Hopper) {
   if (!HasHopper()) GTEST_SKIP() << "this device is not a Hopper";
-  CompareAll(GradientKernel::kHopper);
+  CompareLengthsAndShares(GradientKernel::kHopper);
 }
+class HopperGradientBlocks : public BackwardTest, public testing::WithParamInterface<Blocks> {};
+TEST_P(HopperGradientBlocks, Hopper) {
+  if (!HasHopper()) GTEST_SKIP() << "this device is not a Hopper";
+  CompareBlocks(GradientKernel::kHopper, GetParam());
+}
+INSTANTIATE_TEST_SUITE_P(Blocks, HopperGradientBlocks,
+                         testing::Values(Blocks{64, 64}, Blocks{128, 64}, Blocks{64, 128},
+                                         Blocks{128, 128}),
+                         NameOfBlocks);
 
 TEST_F(LinearGradientKernels, OneTile) {
   CompareLinear({.head_size = 64}, Feature::kSoftmax, LinearScope::kAll, false);
@@ -280,13 +292,20 @@ TEST_F(LinearGradientKernels, Scopes) {
   }
 }
 // A tile of rows does not reach beyond its block.
-TEST_F(LinearGradientKernels, SmallBlocks) {
+class LinearGradientBlocks : public BackwardTest, public testing::WithParamInterface<Blocks> {};
+TEST_P(LinearGradientBlocks, Scopes) {
+  const auto [block_q, block_k] = GetParam();
   for (const LinearScope scope : {LinearScope::kMarginal, LinearScope::kNonCritical}) {
-    for (const auto& [block_q, block_k] :
-         {std::pair{16, 16}, {32, 16}, {16, 64}, {48, 80}, {64, 16}}) {
-      CompareLinear({2, 2, 517, 64, block_q, block_k}, Feature::kSoftmax, scope, true);
-      CompareLinear({1, 2, 333, 128, block_q, block_k}, Feature::kElu, scope, true);
-    }
+    CompareLinear({2, 2, 517, 64, block_q, block_k}, Feature::kSoftmax, scope, true);
+    CompareLinear({1, 2, 333, 128, block_q, block_k}, Feature::kElu, scope, true);
+  }
+}
+INSTANTIATE_TEST_SUITE_P(Blocks, LinearGradientBlocks,
+                         testing::Values(Blocks{16, 16}, Blocks{32, 16}, Blocks{16, 64},
+                                         Blocks{48, 80}, Blocks{64, 16}),
+                         NameOfBlocks);
+TEST_F(LinearGradientKernels, OneAndManySmallBlocks) {
+  for (const LinearScope scope : {LinearScope::kMarginal, LinearScope::kNonCritical}) {
     CompareLinear({1, 1, 2304, 128, 16, 16}, Feature::kSoftmax, scope, true);
     CompareLinear({1, 1, 7, 128, 16, 16}, Feature::kSoftmax, scope, true);
   }

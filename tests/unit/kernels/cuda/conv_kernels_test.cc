@@ -96,7 +96,7 @@ class ConvKernels : public testing::Test {
            std::to_string(s.doubling);
   }
 
-  void CompareChannels(ConvKernel kernel, int in, int out, bool doubling) {
+  void CompareChannels(ConvKernel kernel, int in, int out) {
     for (const bool epilogue : {false, true}) {
       for (int history = 0; history <= 2; ++history) {
         Compare({4, 9, 13, in, out, 3, 3, 3, history, 0}, kernel, epilogue);
@@ -104,7 +104,7 @@ class ConvKernels : public testing::Test {
       Compare({1, 40, 66, in, out, 3, 3, 3, 2, 0}, kernel, epilogue);
       Compare({2, 17, 8, in, out, 3, 1, 1, 2, 0}, kernel, epilogue);
       Compare({2, 30, 52, in, out, 1, 3, 3, 0, 0}, kernel, epilogue);
-      if (doubling) Compare({2, 15, 26, in, out, 1, 3, 3, 0, 1}, kernel, epilogue);
+      Compare({2, 15, 26, in, out, 1, 3, 3, 0, 1}, kernel, epilogue);
     }
   }
 
@@ -125,20 +125,34 @@ TEST_F(ConvKernels, HopperSteps) {
   }
 }
 
-TEST_F(ConvKernels, Hopper) {
-  if (backend_->context().compute_major != 9) GTEST_SKIP() << "this device is not a Hopper";
-  for (const auto& [in, out] :
-       {std::pair{96, 96}, {96, 192}, {192, 96}, {192, 384}, {288, 192}, {96, 3}, {192, 8}}) {
-    CompareChannels(ConvKernel::kHopper, in, out, true);
-  }
+// Channels in and out.
+using Channels = std::pair<int, int>;
+std::string NameOfChannels(const testing::TestParamInfo<Channels>& info) {
+  return std::to_string(info.param.first) + "to" + std::to_string(info.param.second);
 }
 
-TEST_F(ConvKernels, TensorCore) {
-  for (const auto& [in, out] :
-       {std::pair{8, 8}, {16, 384}, {24, 40}, {96, 3}, {96, 96}, {40, 64}, {64, 130}}) {
-    CompareChannels(ConvKernel::kTensorCore, in, out, true);
-  }
+class HopperConv : public ConvKernels, public testing::WithParamInterface<Channels> {};
+
+TEST_P(HopperConv, ShapesAndEpilogues) {
+  if (backend_->context().compute_major != 9) GTEST_SKIP() << "this device is not a Hopper";
+  CompareChannels(ConvKernel::kHopper, GetParam().first, GetParam().second);
 }
+INSTANTIATE_TEST_SUITE_P(Channels, HopperConv,
+                         testing::Values(Channels{96, 96}, Channels{96, 192}, Channels{192, 96},
+                                         Channels{192, 384}, Channels{288, 192}, Channels{96, 3},
+                                         Channels{192, 8}),
+                         NameOfChannels);
+
+class TensorCoreConv : public ConvKernels, public testing::WithParamInterface<Channels> {};
+
+TEST_P(TensorCoreConv, ShapesAndEpilogues) {
+  CompareChannels(ConvKernel::kTensorCore, GetParam().first, GetParam().second);
+}
+INSTANTIATE_TEST_SUITE_P(Channels, TensorCoreConv,
+                         testing::Values(Channels{8, 8}, Channels{16, 384}, Channels{24, 40},
+                                         Channels{96, 3}, Channels{96, 96}, Channels{40, 64},
+                                         Channels{64, 130}),
+                         NameOfChannels);
 
 TEST(ChooseConvKernel, TakesTheFastestThatCan) {
   ConvShape shape{1, 8, 8, 192, 96, 3, 3, 3, 2, 0};

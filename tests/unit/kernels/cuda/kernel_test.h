@@ -10,11 +10,18 @@
 #include <memory>
 #include <random>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "kernels/cuda/cuda_backend.h"
 
 namespace slalom::cuda {
+
+// Rows of a block of queries and of a block of keys; a parameter of tests that go through many.
+using Blocks = std::pair<int, int>;
+inline std::string NameOfBlocks(const testing::TestParamInfo<Blocks>& info) {
+  return std::to_string(info.param.first) + "x" + std::to_string(info.param.second);
+}
 
 class KernelTest : public testing::Test {
  protected:

@@ -116,19 +116,30 @@ TEST_F(LinearBranchKernels, Scopes) {
 }
 
 // Blocks of 16 and other multiples of it: a tile does not reach beyond its block.
-TEST_F(LinearBranchKernels, SmallBlocks) {
+class LinearBranchSmallBlocks : public LinearBranchKernels,
+                                public testing::WithParamInterface<Blocks> {};
+
+TEST_P(LinearBranchSmallBlocks, Scopes) {
   for (const int head_size : {64, 128}) {
     for (const LinearScope scope : {LinearScope::kMarginal, LinearScope::kNonCritical}) {
-      for (const auto& [block_q, block_k] :
-           {std::pair{16, 16}, {32, 16}, {16, 64}, {48, 80}, {64, 16}, {96, 32}}) {
-        Compare({.batch = 2,
-                 .length = 501,
-                 .heads = 2,
-                 .head_size = head_size,
-                 .scope = scope,
-                 .block_q = block_q,
-                 .block_k = block_k});
-      }
+      Compare({.batch = 2,
+               .length = 501,
+               .heads = 2,
+               .head_size = head_size,
+               .scope = scope,
+               .block_q = GetParam().first,
+               .block_k = GetParam().second});
+    }
+  }
+}
+INSTANTIATE_TEST_SUITE_P(Blocks, LinearBranchSmallBlocks,
+                         testing::Values(Blocks{16, 16}, Blocks{32, 16}, Blocks{16, 64},
+                                         Blocks{48, 80}, Blocks{64, 16}, Blocks{96, 32}),
+                         NameOfBlocks);
+
+TEST_F(LinearBranchKernels, OneAndManySmallBlocks) {
+  for (const int head_size : {64, 128}) {
+    for (const LinearScope scope : {LinearScope::kMarginal, LinearScope::kNonCritical}) {
       Compare({.length = 2304,
                .heads = 2,
                .head_size = head_size,

@@ -117,28 +117,36 @@ TEST_F(SlaKernels, FeatureMaps) {
     CompareBoth({.length = 200, .heads = 2, .scope = LinearScope::kMarginal, .feature_map = map});
   }
 }
-TEST_F(SlaKernels, LengthsScopesAndBlocks) {
+
+class SlaLengths : public SlaKernels, public testing::WithParamInterface<std::int64_t> {};
+
+TEST_P(SlaLengths, ScopesAndBlocks) {
+  const std::int64_t length = GetParam();
   for (const LinearScope scope :
        {LinearScope::kAll, LinearScope::kMarginal, LinearScope::kNonCritical}) {
-    for (const std::int64_t length : {1, 63, 64, 65, 127, 129, 1000, 2176}) {
-      CompareBoth({.batch = 2, .length = length, .heads = 3, .scope = scope});
-      CompareBoth({.length = length, .heads = 2, .scope = scope, .block_q = 128});
-      CompareBoth({.length = length, .heads = 2, .scope = scope, .block_q = 128, .block_k = 128});
-      CompareBoth({.length = length, .scope = scope, .block_q = 192, .block_k = 192});
-      CompareBoth({.length = length, .scope = scope, .block_q = 256, .critical_of_8 = 1});
-    }
+    CompareBoth({.batch = 2, .length = length, .heads = 3, .scope = scope});
+    CompareBoth({.length = length, .heads = 2, .scope = scope, .block_q = 128});
+    CompareBoth({.length = length, .heads = 2, .scope = scope, .block_q = 128, .block_k = 128});
+    CompareBoth({.length = length, .scope = scope, .block_q = 192, .block_k = 192});
+    CompareBoth({.length = length, .scope = scope, .block_q = 256, .critical_of_8 = 1});
   }
 }
+INSTANTIATE_TEST_SUITE_P(L, SlaLengths, testing::Values(1, 63, 64, 65, 127, 129, 1000, 2176),
+                         testing::PrintToStringParamName());
+
 // More query tiles than the device works on at once: a block of threads takes several.
-TEST_F(SlaKernels, ManyTiles) {
+class SlaManyTiles : public SlaKernels, public testing::WithParamInterface<int> {};
+
+TEST_P(SlaManyTiles, Scopes) {
   for (const LinearScope scope : {LinearScope::kAll, LinearScope::kMarginal}) {
-    for (const int critical : {0, 3}) {
-      CompareBoth({.length = 700, .heads = 60, .scope = scope, .critical_of_8 = critical});
-      CompareBoth(
-          {.length = 700, .heads = 60, .scope = scope, .block_q = 128, .critical_of_8 = critical});
-    }
+    CompareBoth(
+        {.length = 700, .heads = 60, .scope = scope, .block_q = GetParam(), .critical_of_8 = 0});
+    CompareBoth(
+        {.length = 700, .heads = 60, .scope = scope, .block_q = GetParam(), .critical_of_8 = 3});
   }
 }
+INSTANTIATE_TEST_SUITE_P(BlockQ, SlaManyTiles, testing::Values(64, 128),
+                         testing::PrintToStringParamName());
 
 // The same inputs give the same bits: a result that moves is a race.
 TEST_F(SlaKernels, FusedRepeats) {
