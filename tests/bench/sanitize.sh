@@ -6,7 +6,8 @@
 # shellcheck shell=bash
 #
 #   run_sanitizers OUT FILTER TEST...   the cases of each program that FILTER names, under each of $SANITIZE (memcheck
-#                                       racecheck initcheck), $JOBS side by side, $LIMIT seconds each; logs in OUT
+#                                       racecheck initcheck), $JOBS side by side, $LIMIT seconds each, on the $GPUS in turn
+#                                       (CUDA_VISIBLE_DEVICES or 0); logs in OUT
 #
 # What NVIDIA's kernels do is not ours to judge, but racecheck, told to look at ours alone, makes cuBLASLt's fault, and
 # initcheck does not see what they write: a library below $LIBRARIES takes cuBLASLt's place (plain_products.cu) or helps
@@ -51,17 +52,22 @@ judge_cases() {  # OUT TOOL CASE...
   [ $# -gt 2 ] || fail "$2: no test matches"
 }
 run_sanitizers() {  # OUT FILTER TEST...
-  local tool test case ran
+  local tool test case gpu gpus=() n=0
+  local -A ran
+  read -ra gpus <<<"${GPUS:-${CUDA_VISIBLE_DEVICES:-0}}"
   for tool in ${SANITIZE:-memcheck racecheck initcheck}; do
-    ran=()
     for test in "${@:3}"; do
       for case in $(sanitize_cases "$2" "$test"); do
         while [ "$(jobs -rp | wc -l)" -ge "$JOBS" ]; do wait -n; done
-        sanitize_case "$1" "$tool" "$test" "$case" &
-        ran+=("$case")
+        gpu=${gpus[n++ % ${#gpus[@]}]}
+        CUDA_VISIBLE_DEVICES=$gpu sanitize_case "$1" "$tool" "$test" "$case" &
+        ran[$tool]+=" $case"
       done
     done
-    wait
-    judge_cases "$1" "$tool" "${ran[@]}"
+  done
+  wait
+  for tool in ${SANITIZE:-memcheck racecheck initcheck}; do
+    # shellcheck disable=SC2086  # names of cases have no blanks
+    judge_cases "$1" "$tool" ${ran[$tool]:-}
   done
 }
