@@ -52,22 +52,18 @@ judge_cases() {  # OUT TOOL CASE...
   [ $# -gt 2 ] || fail "$2: no test matches"
 }
 run_sanitizers() {  # OUT FILTER TEST...
-  local tool test case gpu gpus=() n=0
-  local -A ran
+  local tools=${SANITIZE:-memcheck racecheck initcheck} tool test case cases=() gpu gpus=() n=0
   read -ra gpus <<<"${GPUS:-${CUDA_VISIBLE_DEVICES:-0}}"
-  for tool in ${SANITIZE:-memcheck racecheck initcheck}; do
-    for test in "${@:3}"; do
-      for case in $(sanitize_cases "$2" "$test"); do
-        while [ "$(jobs -rp | wc -l)" -ge "$JOBS" ]; do wait -n; done
-        gpu=${gpus[n++ % ${#gpus[@]}]}
-        CUDA_VISIBLE_DEVICES=$gpu sanitize_case "$1" "$tool" "$test" "$case" &
-        ran[$tool]+=" $case"
-      done
+  for test in "${@:3}"; do
+    for case in $(sanitize_cases "$2" "$test"); do cases+=("$test $case"); done
+  done
+  for tool in $tools; do
+    for case in "${cases[@]}"; do
+      while [ "$(jobs -rp | wc -l)" -ge "$JOBS" ]; do wait -n; done
+      gpu=${gpus[n++ % ${#gpus[@]}]}
+      CUDA_VISIBLE_DEVICES=$gpu sanitize_case "$1" "$tool" "${case% *}" "${case#* }" &
     done
   done
   wait
-  for tool in ${SANITIZE:-memcheck racecheck initcheck}; do
-    # shellcheck disable=SC2086  # names of cases have no blanks
-    judge_cases "$1" "$tool" ${ran[$tool]:-}
-  done
+  for tool in $tools; do judge_cases "$1" "$tool" "${cases[@]#* }"; done
 }
