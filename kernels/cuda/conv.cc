@@ -49,8 +49,9 @@ bool Aligned16(const void* pointer) { return reinterpret_cast<std::uintptr_t>(po
 
 ConvKernel ChooseConvKernel(const ConvShape& shape, DType type, bool aligned, int compute_major) {
   if (type != DType::kBF16 || !aligned || shape.channels_in % 8 != 0) return ConvKernel::kSimple;
-  const bool hopper = compute_major == 9 && shape.channels_in % 96 == 0 && shape.kh <= 3 &&
-                      shape.kw <= 3 && (shape.channels_out % 96 == 0 || shape.channels_out <= 8);
+  const bool hopper = compute_major == kHopperMajor && shape.channels_in % 96 == 0 &&
+                      shape.kh <= 3 && shape.kw <= 3 &&
+                      (shape.channels_out % 96 == 0 || shape.channels_out <= 8);
   return hopper ? ConvKernel::kHopper : ConvKernel::kTensorCore;
 }
 

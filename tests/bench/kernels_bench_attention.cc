@@ -297,7 +297,7 @@ void BenchBackward(Bench& bench, const SparseCase& c, const std::string& name) {
   if (small) {
     bench.Flops(name + ": sparse, row by row", flops,
                 [&] { cuda::SparseGradient(context, sparse, cuda::GradientKernel::kRow); });
-  } else if (context.compute_major == 9) {
+  } else if (context.compute_major == cuda::kHopperMajor) {
     bench.Flops(name + ": sparse, wgmma", flops,
                 [&] { cuda::SparseGradient(context, sparse, cuda::GradientKernel::kHopper); });
   }

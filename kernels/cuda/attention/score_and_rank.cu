@@ -159,7 +159,7 @@ __global__ void __launch_bounds__(kThreads, 2) ScoreAndRankKernel(const Paramete
 }  // namespace
 
 RankWay ChooseRankWay(std::int64_t head_size, std::int64_t key_blocks, int compute_major) {
-  const std::size_t most = compute_major == 9 ? kMostHopperBytes : kMostSharedBytes;
+  const std::size_t most = compute_major == kHopperMajor ? kMostHopperBytes : kMostSharedBytes;
   const bool fits = head_size % 4 == 0 && Tiles::Bytes(head_size, key_blocks) <= most;
   return fits ? RankWay::kOwn : RankWay::kLibrary;
 }
