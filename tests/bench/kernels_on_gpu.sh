@@ -130,7 +130,7 @@ rung hopper-all        $attention 'Hopper/*' 60
 rung hopper-repeats    $attention 'AttentionKernels.HopperRepeats' 30
 rung conv-mma          $conv '*TensorCore*' 30
 rung conv-hopper-steps $conv '*HopperSteps' 15
-rung conv-hopper       $conv '*HopperConv*' 40
+rung conv-hopper       $conv 'Hopper/*' 40
 rung conv-operation    $operations '*FramesTest.Conv*' 40
 rung dense             $operations '*AttentionTest.Dense*' 60
 rung maps-one-kernel   $attention 'BlockMaps.*' 30
@@ -148,11 +148,11 @@ rung sla               $operations '*AttentionTest.Sla*' 60
 rung salad             $operations '*AttentionTest.Salad*' 40
 backward=kernels_cuda_backward_test
 rung backward-mma-tile $backward 'SparseGradientKernels.TensorCoreOneTile' 20
-rung backward-mma      $backward 'SparseGradientKernels.TensorCore*:*SparseGradientBlocks*' 40
+rung backward-mma      $backward 'SparseGradientKernels.TensorCore*:TensorCore/*' 40
 for step in OneTile RaggedTile TwoConsumers RingWrapsAround TwoTilesOfNarrowHeads Lists Accumulates; do
   rung "backward-hopper-$step" $backward "HopperGradientSteps.$step" 15
 done
-rung backward-hopper   $backward 'SparseGradientKernels.Hopper:*HopperGradientBlocks*' 40
+rung backward-hopper   $backward 'SparseGradientKernels.Hopper:Hopper/*' 40
 rung backward-linear-tile $backward 'LinearGradientKernels.OneTile' 20
 rung backward-linear   $backward '*LinearGradient*' 60
 rung backward-sla      $operations '*AttentionBackwardTest.Sla*:*AttentionBackwardTest.Saving*' 60

@@ -27,12 +27,6 @@ struct Result {
 
 class AttentionKernels : public KernelTest {
  protected:
-  // On the device, in both types.
-  std::pair<Tensor, Tensor> RandomBoth(const Shape& shape) {
-    const Tensor host = Random(shape);
-    return {Upload(host, DType::kBF16), Upload(host, DType::kF32)};
-  }
-
   Tensor UploadInts(const Shape& shape, const std::vector<std::int32_t>& values) {
     const Tensor host = Tensor::Host(shape, DType::kI32);
     std::copy(values.begin(), values.end(), host.data<std::int32_t>());
@@ -123,12 +117,8 @@ class AttentionKernels : public KernelTest {
 };
 
 // From one tile to many: the first that fails says where to look.
-class HopperAttentionSteps : public AttentionKernels {
+class HopperAttentionSteps : public OnHopper<AttentionKernels> {
  protected:
-  void SetUp() override {
-    AttentionKernels::SetUp();
-    if (!IsSkipped() && !HasHopper()) GTEST_SKIP() << "this device is not a Hopper";
-  }
   void CompareBoth(Case c) {
     for (const int head_size : {64, 128}) {
       c.head_size = head_size;
@@ -155,29 +145,24 @@ TEST_F(HopperAttentionSteps, ManyTilesOfTwoConsumers) {
 }
 
 // Every kernel at every length, dense and, but for kProduct, by lists of blocks.
-class AttentionLengths
-    : public AttentionKernels,
-      public testing::WithParamInterface<std::tuple<AttentionKernel, std::int64_t>> {};
+using AttentionLengths = KernelOn<AttentionKernels, AttentionKernel, std::int64_t>;
 
 TEST_P(AttentionLengths, DenseAndLists) {
-  const auto [kernel, length] = GetParam();
-  if (kernel == AttentionKernel::kHopper && !HasHopper()) {
-    GTEST_SKIP() << "this device is not a Hopper";
-  }
+  const std::int64_t length = input();
   for (const int head_size : {64, 128}) {
-    Compare({2, 3, length, length, head_size}, kernel);
-    Compare({1, 2, length, 77, head_size}, kernel);
-    Compare({1, 2, 77, length, head_size}, kernel);
-    if (kernel == AttentionKernel::kProduct) continue;
-    Compare({2, 3, length, length, head_size, 64, 64}, kernel);
-    Compare({2, 3, length, length, head_size, 128, 64}, kernel);
-    Compare({1, 2, length, length, head_size, 128, 128}, kernel);
-    Compare({1, 2, length, length, head_size, 64, 192}, kernel);
+    Compare({2, 3, length, length, head_size}, kernel());
+    Compare({1, 2, length, 77, head_size}, kernel());
+    Compare({1, 2, 77, length, head_size}, kernel());
+    if (kernel() == AttentionKernel::kProduct) continue;
+    Compare({2, 3, length, length, head_size, 64, 64}, kernel());
+    Compare({2, 3, length, length, head_size, 128, 64}, kernel());
+    Compare({1, 2, length, length, head_size, 128, 128}, kernel());
+    Compare({1, 2, length, length, head_size, 64, 192}, kernel());
   }
 }
 
 std::string NameOfLength(const testing::TestParamInfo<AttentionLengths::ParamType>& info) {
-  return "L" + std::to_string(std::get<1>(info.param));
+  return std::to_string(std::get<1>(info.param));
 }
 const auto kLengths = testing::Values<std::int64_t>(1, 63, 64, 65, 127, 128, 129, 1000, 2176);
 INSTANTIATE_TEST_SUITE_P(Hopper, AttentionLengths,

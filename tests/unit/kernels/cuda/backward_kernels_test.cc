@@ -28,16 +28,6 @@ std::string Name(const Case& c) {
 
 class BackwardTest : public KernelTest {
  protected:
-  // Values that are exact in bf16, in both types.
-  struct Both {
-    Tensor narrow, wide;
-    const Tensor& as(DType type) const { return type == DType::kBF16 ? narrow : wide; }
-  };
-  Both RandomBoth(const Shape& shape) {
-    const Tensor host = Random(shape);
-    return {Upload(host, DType::kBF16), Upload(host, DType::kF32)};
-  }
-
   BlockMap RandomMap(const Case& c) {
     return MapOf(c.batch, c.heads, c.length, c.block_q, c.block_k, [&] {
       const bool critical = c.share >= 5 || static_cast<int>(random_() % 4) < c.share;
@@ -129,13 +119,6 @@ class BackwardTest : public KernelTest {
     ExpectClose(result.v, exact.v, Name(c) + " d_v");
   }
 
-  void CompareBlocks(GradientKernel kernel, Blocks blocks) {
-    const auto [block_q, block_k] = blocks;
-    for (const int head_size : {64, 128}) {
-      CompareSparse({2, 3, 517, head_size, block_q, block_k}, kernel);
-      CompareSparse({1, 2, 1000, head_size, block_q, block_k, 1}, kernel, true);
-    }
-  }
   void CompareLengthsAndShares(GradientKernel kernel) {
     CompareSparse({1, 1, 1}, kernel);
     CompareSparse({1, 1, 65, 128, 128, 64, 5}, kernel);
@@ -197,7 +180,7 @@ class BackwardTest : public KernelTest {
 };
 
 using SparseGradientKernels = BackwardTest;
-using HopperGradientSteps = BackwardTest;
+using HopperGradientSteps = OnHopper<BackwardTest>;
 using LinearGradientKernels = BackwardTest;
 
 TEST_F(SparseGradientKernels, TensorCoreOneTile) {
@@ -206,14 +189,30 @@ TEST_F(SparseGradientKernels, TensorCoreOneTile) {
 }
 TEST_F(SparseGradientKernels, TensorCore) { CompareLengthsAndShares(GradientKernel::kTensorCore); }
 // In small blocks one warp for each 16 rows, in units of 16 of the other side.
-class SparseGradientBlocks : public BackwardTest, public testing::WithParamInterface<Blocks> {};
-TEST_P(SparseGradientBlocks, TensorCore) { CompareBlocks(GradientKernel::kTensorCore, GetParam()); }
-INSTANTIATE_TEST_SUITE_P(Blocks, SparseGradientBlocks,
-                         testing::Values(Blocks{64, 64}, Blocks{128, 64}, Blocks{64, 128},
-                                         Blocks{128, 128}, Blocks{16, 16}, Blocks{32, 16},
-                                         Blocks{16, 32}, Blocks{48, 80}, Blocks{16, 64},
-                                         Blocks{128, 16}),
-                         NameOfBlocks);
+using SparseGradientBlocks = KernelOn<BackwardTest, GradientKernel, Blocks>;
+TEST_P(SparseGradientBlocks, SharesAndAccumulated) {
+  const auto [block_q, block_k] = input();
+  for (const int head_size : {64, 128}) {
+    CompareSparse({2, 3, 517, head_size, block_q, block_k}, kernel());
+    CompareSparse({1, 2, 1000, head_size, block_q, block_k, 1}, kernel(), true);
+  }
+}
+std::string NameOfInput(const testing::TestParamInfo<SparseGradientBlocks::ParamType>& info) {
+  return NameOf(std::get<1>(info.param));
+}
+INSTANTIATE_TEST_SUITE_P(TensorCore, SparseGradientBlocks,
+                         testing::Combine(testing::Values(GradientKernel::kTensorCore),
+                                          testing::Values(Blocks{64, 64}, Blocks{128, 64},
+                                                          Blocks{64, 128}, Blocks{128, 128},
+                                                          Blocks{16, 16}, Blocks{32, 16},
+                                                          Blocks{16, 32}, Blocks{48, 80},
+                                                          Blocks{16, 64}, Blocks{128, 16})),
+                         NameOfInput);
+INSTANTIATE_TEST_SUITE_P(Hopper, SparseGradientBlocks,
+                         testing::Combine(testing::Values(GradientKernel::kHopper),
+                                          testing::Values(Blocks{64, 64}, Blocks{128, 64},
+                                                          Blocks{64, 128}, Blocks{128, 128})),
+                         NameOfInput);
 TEST_F(SparseGradientKernels, TensorCoreSmallBlocks) {
   for (const int head_size : {64, 128}) {
     CompareSparse({1, 1, 1, head_size, 16, 16}, GradientKernel::kTensorCore);
@@ -224,52 +223,36 @@ TEST_F(SparseGradientKernels, TensorCoreSmallBlocks) {
 
 // The Hopper kernels from one tile upwards.
 TEST_F(HopperGradientSteps, OneTile) {
-  if (!HasHopper()) GTEST_SKIP() << "this device is not a Hopper";
   CompareSparse({.head_size = 64, .share = 5}, GradientKernel::kHopper);
   CompareSparse({.share = 5}, GradientKernel::kHopper);
 }
 TEST_F(HopperGradientSteps, RaggedTile) {
-  if (!HasHopper()) GTEST_SKIP() << "this device is not a Hopper";
   CompareSparse({.length = 37, .share = 5}, GradientKernel::kHopper);
   CompareSparse({.length = 101, .share = 5}, GradientKernel::kHopper);
 }
 TEST_F(HopperGradientSteps, TwoConsumers) {
-  if (!HasHopper()) GTEST_SKIP() << "this device is not a Hopper";
   CompareSparse({.length = 128, .block_q = 128, .share = 5}, GradientKernel::kHopper);
   CompareSparse({.length = 256, .block_q = 128, .share = 5}, GradientKernel::kHopper);
 }
 TEST_F(HopperGradientSteps, RingWrapsAround) {
-  if (!HasHopper()) GTEST_SKIP() << "this device is not a Hopper";
   CompareSparse({.length = 64 * 9, .share = 5}, GradientKernel::kHopper);
   CompareSparse({.length = 64 * 10, .block_q = 128, .share = 5}, GradientKernel::kHopper);
 }
 TEST_F(HopperGradientSteps, TwoTilesOfNarrowHeads) {
-  if (!HasHopper()) GTEST_SKIP() << "this device is not a Hopper";
   CompareSparse({.length = 128, .head_size = 64, .share = 5}, GradientKernel::kHopper);
   CompareSparse({.length = 64 * 9, .head_size = 64, .share = 5}, GradientKernel::kHopper);
 }
 TEST_F(HopperGradientSteps, Lists) {
-  if (!HasHopper()) GTEST_SKIP() << "this device is not a Hopper";
   CompareSparse({.length = 64 * 9}, GradientKernel::kHopper);
   CompareSparse({.length = 64 * 9, .head_size = 64}, GradientKernel::kHopper);
 }
 TEST_F(HopperGradientSteps, Accumulates) {
-  if (!HasHopper()) GTEST_SKIP() << "this device is not a Hopper";
   CompareSparse({.length = 200, .share = 5}, GradientKernel::kHopper, true);
 }
 TEST_F(SparseGradientKernels, Hopper) {
   if (!HasHopper()) GTEST_SKIP() << "this device is not a Hopper";
   CompareLengthsAndShares(GradientKernel::kHopper);
 }
-class HopperGradientBlocks : public BackwardTest, public testing::WithParamInterface<Blocks> {};
-TEST_P(HopperGradientBlocks, Hopper) {
-  if (!HasHopper()) GTEST_SKIP() << "this device is not a Hopper";
-  CompareBlocks(GradientKernel::kHopper, GetParam());
-}
-INSTANTIATE_TEST_SUITE_P(Blocks, HopperGradientBlocks,
-                         testing::Values(Blocks{64, 64}, Blocks{128, 64}, Blocks{64, 128},
-                                         Blocks{128, 128}),
-                         NameOfBlocks);
 
 TEST_F(LinearGradientKernels, OneTile) {
   CompareLinear({.head_size = 64}, Feature::kSoftmax, LinearScope::kAll, false);

@@ -10,6 +10,7 @@
 #include <memory>
 #include <random>
 #include <string>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -19,8 +20,11 @@ namespace slalom::cuda {
 
 // Rows of a block of queries and of a block of keys; a parameter of tests that go through many.
 using Blocks = std::pair<int, int>;
+inline std::string NameOf(const Blocks& blocks) {
+  return std::to_string(blocks.first) + "x" + std::to_string(blocks.second);
+}
 inline std::string NameOfBlocks(const testing::TestParamInfo<Blocks>& info) {
-  return std::to_string(info.param.first) + "x" + std::to_string(info.param.second);
+  return NameOf(info.param);
 }
 
 class KernelTest : public testing::Test {
@@ -29,7 +33,11 @@ class KernelTest : public testing::Test {
     if (CudaDeviceCount() == 0) GTEST_SKIP() << "this machine has no CUDA device";
     backend_ = std::make_unique<CudaBackend>(0, BackendOptions{});
   }
-  bool HasHopper() const { return backend_->context().compute_major == 9; }
+  bool HasHopper() const { return backend_->context().compute_major == kHopperMajor; }
+  // For SetUp.
+  void SkipWithoutHopper() const {
+    if (!IsSkipped() && !HasHopper()) GTEST_SKIP() << "this device is not a Hopper";
+  }
 
   // On the host, in f32; values that are exact in bf16.
   Tensor Random(const Shape& shape, float scale = 1.0f) {
@@ -44,6 +52,15 @@ class KernelTest : public testing::Test {
     const Tensor device = backend_->Allocate(host.shape(), type);
     backend_->Copy(host, device);
     return device;
+  }
+  // Values that are exact in bf16, on the device in both types.
+  struct Both {
+    Tensor narrow, wide;
+    const Tensor& as(DType type) const { return type == DType::kBF16 ? narrow : wide; }
+  };
+  Both RandomBoth(const Shape& shape, float scale = 1.0f) {
+    const Tensor host = Random(shape, scale);
+    return {Upload(host, DType::kBF16), Upload(host, DType::kF32)};
   }
   Tensor Filled(const Shape& shape, DType type, float value) {
     const Tensor host = Tensor::Host(shape, DType::kF32);
@@ -91,6 +108,28 @@ class KernelTest : public testing::Test {
 
   std::unique_ptr<CudaBackend> backend_;
   std::mt19937 random_{17};
+};
+
+// What needs a Hopper.
+template <typename Fixture>
+class OnHopper : public Fixture {
+ protected:
+  void SetUp() override {
+    Fixture::SetUp();
+    this->SkipWithoutHopper();
+  }
+};
+
+// A kernel and what it is tried on; kHopper is skipped elsewhere.
+template <typename Fixture, typename Kernel, typename Input>
+class KernelOn : public Fixture, public testing::WithParamInterface<std::tuple<Kernel, Input>> {
+ protected:
+  void SetUp() override {
+    Fixture::SetUp();
+    if (kernel() == Kernel::kHopper) this->SkipWithoutHopper();
+  }
+  Kernel kernel() const { return std::get<0>(this->GetParam()); }
+  Input input() const { return std::get<1>(this->GetParam()); }
 };
 
 }  // namespace slalom::cuda

@@ -30,13 +30,8 @@ std::string Name(const Case& c) {
          std::to_string(c.critical_of_8);
 }
 
-class SlaKernels : public KernelTest {
+class SlaKernels : public OnHopper<KernelTest> {
  protected:
-  void SetUp() override {
-    KernelTest::SetUp();
-    if (!IsSkipped() && !HasHopper()) GTEST_SKIP() << "this device is not a Hopper";
-  }
-
   // Rows of blocks may be without critical ones, or without any in scope.
   BlockMap RandomMap(const Case& c) {
     return MapOf(c.batch, c.heads, c.length, c.block_q, c.block_k, [&] {
