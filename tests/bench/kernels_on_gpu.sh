@@ -5,7 +5,7 @@
 #   tests/bench/kernels_on_gpu.sh RESULT_DIR build                 # nothing but the build
 #   tests/bench/kernels_on_gpu.sh RESULT_DIR rungs GLOB            # rungs of the ladder with such names, no times
 #   tests/bench/kernels_on_gpu.sh RESULT_DIR times 'PART PART'     # no rungs, these parts of kernels_bench
-#   tests/bench/kernels_on_gpu.sh RESULT_DIR sanitize [FILTER]     # $SANITIZE (memcheck racecheck initcheck) over the tests, $JOBS at a time on $GPUS
+#   tests/bench/kernels_on_gpu.sh RESULT_DIR sanitize [FILTER]     # $SANITIZE (memcheck racecheck initcheck) over the tests, $CASES to a process, $JOBS processes on $GPUS
 #   tests/bench/kernels_on_gpu.sh RESULT_DIR where PROGRAM FILTER  # where a test hangs, by cuda-gdb
 #
 # Each rung of the ladder is a process of its own with a short limit, so that a fault or a hang hides

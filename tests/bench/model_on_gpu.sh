@@ -5,8 +5,8 @@
 #   tests/bench/model_on_gpu.sh RESULT_DIR PART...
 #
 #   tests      the gpu tests that need a model: parity, the pipeline on both devices, predicted memory
-#   sanitize   parity and pipeline under compute-sanitizer's $SANITIZE (memcheck racecheck initcheck), each case in a process
-#              of its own, $JOBS side by side on $GPUS; $SANITIZE_FILTER instead of all CUDA cases; libraries to preload below $LIBRARIES
+#   sanitize   parity and pipeline under compute-sanitizer's $SANITIZE (memcheck racecheck initcheck), $CASES to a process,
+#              $JOBS processes side by side on $GPUS; $SANITIZE_FILTER instead of all CUDA cases; libraries to preload below $LIBRARIES
 #   model      writes the model folder of random weights, where it is not there yet
 #   networks   text encoder, one forward pass with each $ATTENTION and decoding, alone: seconds, memory beside its prediction
 #   large      one forward pass of a transformer of 14B with each $ATTENTION

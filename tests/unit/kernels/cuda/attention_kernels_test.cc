@@ -174,8 +174,11 @@ INSTANTIATE_TEST_SUITE_P(TensorCore, AttentionLengths,
 INSTANTIATE_TEST_SUITE_P(Product, AttentionLengths,
                          testing::Combine(testing::Values(AttentionKernel::kProduct), kLengths),
                          NameOfLength);
+// Goes 32 keys at a time, whatever the length: what a long row meets, a short one has met.
 INSTANTIATE_TEST_SUITE_P(Row, AttentionLengths,
-                         testing::Combine(testing::Values(AttentionKernel::kRow), kLengths),
+                         testing::Combine(testing::Values(AttentionKernel::kRow),
+                                          testing::Values<std::int64_t>(1, 63, 64, 65, 127, 128,
+                                                                        129, 300)),
                          NameOfLength);
 
 // A warp for each 16 queries, in units of 16 keys: every multiple of 16 that is not one of 64.

@@ -287,12 +287,17 @@ INSTANTIATE_TEST_SUITE_P(Blocks, LinearGradientBlocks,
                          testing::Values(Blocks{16, 16}, Blocks{32, 16}, Blocks{16, 64},
                                          Blocks{48, 80}, Blocks{64, 16}),
                          NameOfBlocks);
-TEST_F(LinearGradientKernels, OneAndManySmallBlocks) {
-  for (const LinearScope scope : {LinearScope::kMarginal, LinearScope::kNonCritical}) {
-    CompareLinear({1, 1, 2304, 128, 16, 16}, Feature::kSoftmax, scope, true);
-    CompareLinear({1, 1, 7, 128, 16, 16}, Feature::kSoftmax, scope, true);
-  }
+class LinearGradientScopes : public BackwardTest,
+                             public testing::WithParamInterface<LinearScope> {};
+TEST_P(LinearGradientScopes, OneAndManySmallBlocks) {
+  CompareLinear({1, 1, 2070, 128, 16, 16}, Feature::kSoftmax, GetParam(), true);
+  CompareLinear({1, 1, 7, 128, 16, 16}, Feature::kSoftmax, GetParam(), true);
 }
+INSTANTIATE_TEST_SUITE_P(Scopes, LinearGradientScopes,
+                         testing::Values(LinearScope::kMarginal, LinearScope::kNonCritical),
+                         [](const auto& info) {
+                           return info.param == LinearScope::kMarginal ? "Marginal" : "NonCritical";
+                         });
 
 }  // namespace
 }  // namespace slalom::cuda
