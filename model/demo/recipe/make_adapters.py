@@ -72,7 +72,7 @@ KINDS = {"sla": (*SLA, *TILE), "salad": ("--attention", "salad", "--topk", TOPK[
          "sla-boxes": (*SLA, *TILE), "sla-raster": SLA}
 SHIPPED = ("sla", "salad")
 GPUS = {"sla": 0, "salad": 1, "linear": 1, "sla-boxes": 1, "sla-raster": 1}
-TOPKS = (0.02, 0.1, 0.25, 0.5)  # of the curve, beside the default
+TOPKS = (0.02, 0.05, 0.1, 0.25, 0.5)  # of the curves, beside what each kind was trained with
 SNAPSHOTS = (0.02, 0.1, 0.4, 0.7)  # of the steps
 TRAINING = ("--train", "lora", "--lora-on", "all", "--loss", "teacher", "--block-loss", 0.25, "--guided-loss", 0.3, "--path-weights",
             "--trajectories", 0.75, "--noise-levels", "uniform", "--rate", 1.5e-3, "--base-rate", 1e-3, "--warmup", 200, "--average",
@@ -153,12 +153,12 @@ def drawn(args: argparse.Namespace) -> list[Drawn]:
     found += [Drawn("dense-large", "", dense, 1, "large", "dense-large")]
     found += [Drawn(kind, kind, ("--adapter", adapter_file(args, kind)), GPUS[kind]) for kind in KINDS]
     found += [Drawn(f"{kind}-large", kind, ("--adapter", adapter_file(args, kind)), GPUS[kind], "large", "dense-large") for kind in SHIPPED]
-    found += [Drawn(f"sparse-topk-{topk:g}", "", untrained("sla", topk), 1, "curves") for topk in TOPKS]
+    found += [Drawn(f"sparse-topk-{topk:g}", "", untrained("sla", topk), 1, "curves") for topk in TOPKS if topk != TOPK["sla"]]
     for kind, share in ((kind, share) for share in SNAPSHOTS for kind in SHIPPED):
         file = adapter_file(args, kind, share)
         found.append(Drawn(f"{kind}-at-{share:g}", "", ("--adapter", file), 1, "curves", needs=(file,)))
-    return found + [Drawn(f"sla-topk-{topk:g}", "sla", ("--adapter", adapter_file(args, "sla"), "--topk", topk), i % 2, "curves")
-                    for i, topk in enumerate(TOPKS)]
+    return found + [Drawn(f"{kind}-topk-{topk:g}", kind, ("--adapter", adapter_file(args, kind), "--topk", topk), i % 2, "curves")
+                    for kind in SHIPPED for i, topk in enumerate(TOPKS) if topk != TOPK[kind]]
 
 
 def count_of(args: argparse.Namespace, where: str) -> int:
@@ -253,8 +253,8 @@ def draw_curves(args: argparse.Namespace, home: ClipSet) -> None:
     def sparsity(topk: float) -> float:
         return 100 * (1 - max(1, int(topk * blocks)) / blocks)
 
-    lines = {"sparsity": {name: [(sparsity(TOPK["sla"]), first), *((sparsity(topk), f"{first}-topk-{topk:g}") for topk in TOPKS)]
-                          for name, first in (("SLA", "sla"), ("untrained", "sparse"))},
+    lines = {"sparsity": {name: [(sparsity(TOPK[kind]), first), *((sparsity(topk), f"{first}-topk-{topk:g}") for topk in TOPKS)]
+                          for name, kind, first in (("SLA", "sla", "sla"), ("SALAD", "salad", "salad"), ("untrained", "sla", "sparse"))},
              "steps": {kind.upper(): [(0, "sparse" if kind == "sla" else "sparse-salad"), (steps(kind), kind),
                                       *((steps(kind, share), f"{kind}-at-{share:g}") for share in SNAPSHOTS
                                         if adapter_file(args, kind, share).exists())]
