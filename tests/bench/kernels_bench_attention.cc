@@ -1,5 +1,4 @@
 // Attention, at the sizes of Wan2.1 on random data.
-#include <cmath>
 #include <string>
 
 #include "kernels/core/error.h"
@@ -24,17 +23,7 @@ void BenchDense(Bench& bench, std::int64_t q_length, std::int64_t k_length, std:
   const Shape k_shape{1, k_length, heads, head_size};
   const Tensor q = bench.Random(q_shape, kBF16), k = bench.Random(k_shape, kBF16);
   const Tensor v = bench.Random(k_shape, kBF16), out = bench.Empty(q_shape, kBF16);
-  cuda::AttentionProblem problem;
-  problem.q = q.raw();
-  problem.k = k.raw();
-  problem.v = v.raw();
-  problem.out = out.raw();
-  problem.batch = 1;
-  problem.heads = heads;
-  problem.q_length = q_length;
-  problem.k_length = k_length;
-  problem.head_size = head_size;
-  problem.scale = 1.0f / std::sqrt(static_cast<float>(head_size));
+  const cuda::AttentionProblem problem = cuda::AttentionProblem::Of(q, k, v, out);
   bench.Flops(name, 4.0 * q_length * k_length * heads * head_size,
               [&] { cuda::RunAttention(bench.backend().context(), problem, kernel); });
 }
@@ -327,16 +316,7 @@ void BenchSmallBlocks(Bench& bench, const SparseCase& c, const std::string& name
   const Tensor q = bench.Random(c.shape(), kBF16), k = bench.Random(c.shape(), kBF16);
   const Tensor v = bench.Random(c.shape(), kBF16), out = bench.Empty(c.shape(), kBF16);
   const BlockMap map = bench.backend().MakeBlockMap(MapArgs(c, q, k));
-  cuda::AttentionProblem problem;
-  problem.q = q.raw();
-  problem.k = k.raw();
-  problem.v = v.raw();
-  problem.out = out.raw();
-  problem.batch = c.batch;
-  problem.heads = c.heads;
-  problem.q_length = problem.k_length = c.tokens;
-  problem.head_size = kHeadSize;
-  problem.scale = 1.0f / std::sqrt(static_cast<float>(kHeadSize));
+  cuda::AttentionProblem problem = cuda::AttentionProblem::Of(q, k, v, out);
   problem.list = cuda::BlockList::Critical(map);
   const cuda::Context& context = bench.backend().context();
   using cuda::AttentionKernel;

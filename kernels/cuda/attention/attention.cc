@@ -1,5 +1,6 @@
 // Which attention kernel does what, and the one that is made of matrix products.
 #include <algorithm>
+#include <cmath>
 
 #include "kernels/cuda/attention/problem.h"
 #include "kernels/cuda/attention/row_softmax.h"
@@ -29,6 +30,23 @@ std::byte* At(void* base, std::int64_t elements, DType type) {
 }
 
 }  // namespace
+
+AttentionProblem AttentionProblem::Of(const Tensor& q, const Tensor& k, const Tensor& v,
+                                      const Tensor& out) {
+  AttentionProblem problem;
+  problem.dtype = q.dtype();
+  problem.q = q.raw();
+  problem.k = k.raw();
+  problem.v = v.raw();
+  problem.out = out.raw();
+  problem.batch = q.dim(0);
+  problem.heads = q.dim(2);
+  problem.q_length = q.dim(1);
+  problem.k_length = k.dim(1);
+  problem.head_size = static_cast<int>(q.dim(3));
+  problem.scale = 1.0f / std::sqrt(static_cast<float>(problem.head_size));
+  return problem;
+}
 
 AttentionKernel ChooseAttentionKernel(const AttentionProblem& problem, bool aligned,
                                       int compute_major) {
@@ -152,17 +170,7 @@ void Attention(const Context& context, const AttentionArgs& args) {
   RequireTensor(args.k, keys, type, "Attention: k");
   RequireTensor(args.v, keys, type, "Attention: v");
   RequireTensor(args.out, args.q.shape(), type, "Attention: out");
-  AttentionProblem problem;
-  problem.dtype = type;
-  problem.q = args.q.raw();
-  problem.k = args.k.raw();
-  problem.v = args.v.raw();
-  problem.out = args.out.raw();
-  problem.batch = args.q.dim(0);
-  problem.heads = args.q.dim(2);
-  problem.q_length = args.q.dim(1);
-  problem.k_length = args.k.dim(1);
-  problem.head_size = static_cast<int>(args.q.dim(3));
+  AttentionProblem problem = AttentionProblem::Of(args.q, args.k, args.v, args.out);
   problem.scale = args.scale;
   if (args.lse.defined()) {
     RequireTensor(args.lse, {problem.batch, problem.heads, problem.q_length}, DType::kF32,

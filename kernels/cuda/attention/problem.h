@@ -47,6 +47,9 @@ struct AttentionProblem {
   int head_size = 0;
   float scale = 1.0f;
   BlockList list;
+
+  // Dense, of tensors [B, L, H, D] that outlive it, with 1 / sqrt(D) as scale.
+  static AttentionProblem Of(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out);
 };
 
 enum class AttentionKernel {

@@ -1,5 +1,4 @@
 // SLA and SALAD: the sparse branch over critical blocks and the linear branch, mixed.
-#include <cmath>
 
 #include "kernels/cuda/attention/linear_branch.h"
 #include "kernels/cuda/attention/problem.h"
@@ -42,19 +41,8 @@ void CheckLse(const Tensor& lse, const Tensor& q) {
 // softmax over the critical blocks, into out [B, L, H, D].
 AttentionProblem SparseProblem(const Tensor& q, const Tensor& k, const Tensor& v,
                                const BlockMap& map, const Tensor& lse, const Tensor& out) {
-  AttentionProblem problem;
-  problem.dtype = q.dtype();
-  problem.q = q.raw();
-  problem.k = k.raw();
-  problem.v = v.raw();
-  problem.out = out.raw();
+  AttentionProblem problem = AttentionProblem::Of(q, k, v, out);
   problem.lse = lse.defined() ? lse.data<float>() : nullptr;
-  problem.batch = q.dim(0);
-  problem.heads = q.dim(2);
-  problem.q_length = q.dim(1);
-  problem.k_length = q.dim(1);
-  problem.head_size = static_cast<int>(q.dim(3));
-  problem.scale = 1.0f / std::sqrt(static_cast<float>(problem.head_size));
   problem.list = BlockList::Critical(map);
   return problem;
 }

@@ -33,8 +33,8 @@ class AttentionKernels : public KernelTest {
     return Upload(host, DType::kI32);
   }
 
-  // Random lists, some of them empty or whole.
-  void MakeLists(const Case& c, BlockList& list) {
+  // Random, some rows empty or whole; until the next one is made.
+  BlockList MakeList(const Case& c) {
     const std::int64_t query_blocks = (c.q_length + c.block_q - 1) / c.block_q;
     const std::int64_t key_blocks = (c.k_length + c.block_k - 1) / c.block_k;
     const std::int64_t rows = c.batch * c.heads * query_blocks;
@@ -50,7 +50,7 @@ class AttentionKernels : public KernelTest {
     }
     indices_ = UploadInts({rows * key_blocks}, indices);
     counts_ = UploadInts({rows}, counts);
-    list = {indices_.data<std::int32_t>(),
+    return {indices_.data<std::int32_t>(),
             counts_.data<std::int32_t>(),
             query_blocks,
             key_blocks,
@@ -58,16 +58,15 @@ class AttentionKernels : public KernelTest {
             c.block_k};
   }
 
-  Result Run(AttentionProblem problem, AttentionKernel kernel, DType type, const Tensor& q,
-             const Tensor& k, const Tensor& v) {
-    const Tensor out = Poisoned(q.shape(), type);
-    const Tensor lse = Poisoned({problem.batch, problem.heads, problem.q_length}, DType::kF32);
-    problem.dtype = type;
-    problem.q = q.raw();
-    problem.k = k.raw();
-    problem.v = v.raw();
-    problem.out = out.raw();
+  // `bias` may be undefined, `list` without indices.
+  Result Run(AttentionKernel kernel, const Tensor& q, const Tensor& k, const Tensor& v,
+             const Tensor& bias = {}, const BlockList& list = {}) {
+    const Tensor out = Poisoned(q.shape(), q.dtype());
+    const Tensor lse = Poisoned({q.dim(0), q.dim(2), q.dim(1)}, DType::kF32);
+    AttentionProblem problem = AttentionProblem::Of(q, k, v, out);
     problem.lse = lse.data<float>();
+    problem.relative_bias = bias.defined() ? bias.data<float>() : nullptr;
+    problem.list = list;
     RunAttention(backend_->context(), problem, kernel);
     return {Download(out), Download(lse)};
   }
@@ -78,21 +77,11 @@ class AttentionKernels : public KernelTest {
     const auto [q, q32] = RandomBoth(q_shape);
     const auto [k, k32] = RandomBoth(k_shape);
     const auto [v, v32] = RandomBoth(k_shape);
-    AttentionProblem problem;
-    problem.batch = c.batch;
-    problem.heads = c.heads;
-    problem.q_length = c.q_length;
-    problem.k_length = c.k_length;
-    problem.head_size = c.head_size;
-    problem.scale = 1.0f / std::sqrt(static_cast<float>(c.head_size));
     Tensor bias;
-    if (c.bias) {
-      bias = Upload(Random({c.heads, c.q_length + c.k_length - 1}), DType::kF32);
-      problem.relative_bias = bias.data<float>();
-    }
-    if (c.block_q > 0) MakeLists(c, problem.list);
-    const Result exact = Run(problem, AttentionKernel::kRow, DType::kF32, q32, k32, v32);
-    const Result result = Run(problem, kernel, DType::kBF16, q, k, v);
+    if (c.bias) bias = Upload(Random({c.heads, c.q_length + c.k_length - 1}), DType::kF32);
+    const BlockList list = c.block_q > 0 ? MakeList(c) : BlockList{};
+    const Result exact = Run(AttentionKernel::kRow, q32, k32, v32, bias, list);
+    const Result result = Run(kernel, q, k, v, bias, list);
     // bf16 probabilities and one rounding of the result: 2^-8 of the largest output each.
     ExpectNear(result.out, exact.out, 0x1p-7f, Name(c));
     float lse_error = 0.0f;
@@ -223,15 +212,9 @@ TEST_F(AttentionKernels, HopperRepeats) {
   const Shape shape{1, 5000, 4, 128};
   const Tensor q = Upload(Random(shape), DType::kBF16), k = Upload(Random(shape), DType::kBF16);
   const Tensor v = Upload(Random(shape), DType::kBF16);
-  AttentionProblem problem;
-  problem.batch = 1;
-  problem.heads = 4;
-  problem.q_length = problem.k_length = 5000;
-  problem.head_size = 128;
-  problem.scale = 0.088f;
-  const Result first = Run(problem, AttentionKernel::kHopper, DType::kBF16, q, k, v);
+  const Result first = Run(AttentionKernel::kHopper, q, k, v);
   for (int i = 0; i < 20; ++i) {
-    EXPECT_EQ(Run(problem, AttentionKernel::kHopper, DType::kBF16, q, k, v).out, first.out);
+    EXPECT_EQ(Run(AttentionKernel::kHopper, q, k, v).out, first.out);
   }
 }
 
