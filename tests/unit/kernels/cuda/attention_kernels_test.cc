@@ -218,33 +218,5 @@ TEST_F(AttentionKernels, HopperRepeats) {
   }
 }
 
-TEST(ChooseAttentionKernel, TakesTheFastestThatCan) {
-  AttentionProblem problem;
-  problem.head_size = 128;
-  EXPECT_EQ(ChooseAttentionKernel(problem, true, 9), AttentionKernel::kHopper);
-  EXPECT_EQ(ChooseAttentionKernel(problem, true, 8), AttentionKernel::kTensorCore);
-  EXPECT_EQ(ChooseAttentionKernel(problem, false, 9), AttentionKernel::kProduct);
-  problem.head_size = 384;
-  EXPECT_EQ(ChooseAttentionKernel(problem, true, 9), AttentionKernel::kProduct);
-  problem.head_size = 7;
-  EXPECT_EQ(ChooseAttentionKernel(problem, true, 9), AttentionKernel::kRow);
-  problem.head_size = 64;
-  const float bias = 0.0f;
-  problem.relative_bias = &bias;
-  EXPECT_EQ(ChooseAttentionKernel(problem, true, 9), AttentionKernel::kTensorCore);
-  problem.relative_bias = nullptr;
-  const std::int32_t index = 0;
-  problem.list = {&index, &index, 1, 1, 128, 64};
-  EXPECT_EQ(ChooseAttentionKernel(problem, true, 9), AttentionKernel::kHopper);
-  problem.list.block_q = 48;
-  EXPECT_EQ(ChooseAttentionKernel(problem, true, 9), AttentionKernel::kTensorCore);
-  EXPECT_EQ(ChooseAttentionKernel(problem, false, 9), AttentionKernel::kRow);
-  problem.list.block_q = 40;
-  EXPECT_EQ(ChooseAttentionKernel(problem, true, 9), AttentionKernel::kRow);
-  problem.list.block_q = 64;
-  problem.dtype = DType::kF32;
-  EXPECT_EQ(ChooseAttentionKernel(problem, true, 9), AttentionKernel::kRow);
-}
-
 }  // namespace
 }  // namespace slalom::cuda
