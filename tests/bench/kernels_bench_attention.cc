@@ -34,7 +34,7 @@ void BenchDenseShapes(Bench& bench) {
              "attention mma.sync 32760 d128");
   BenchDense(bench, 512, 512, 64, 64, AttentionKernel::kTensorCore, "attention mma.sync UMT5");
   BenchDense(bench, 6240, 6240, 1, 384, AttentionKernel::kProduct, "attention products VAE frame");
-  if (bench.backend().context().compute_major != 9) return;
+  if (bench.backend().context().compute_major != cuda::kHopperMajor) return;
   const auto hopper = AttentionKernel::kHopper;
   BenchDense(bench, kTokens, kTokens, kHeads, 128, hopper, "attention hopper 32760 d128");
   BenchDense(bench, 32768, 32768, kHeads, 128, hopper, "attention hopper 32768 d128");

@@ -127,9 +127,9 @@ for step in OneTile HalfATile RaggedTile TwoTiles RingWrapsAround HeadsAndSample
   rung "hopper-$step" $attention "HopperAttentionSteps.$step" 15
 done
 rung hopper-all        $attention 'Hopper/*' 60
-rung hopper-repeats    $attention 'AttentionKernels.HopperRepeats' 30
+rung hopper-repeats    $attention 'HopperAttentionSteps.Repeats' 30
 rung conv-mma          $conv '*TensorCore*' 30
-rung conv-hopper-steps $conv '*HopperSteps' 15
+rung conv-hopper-steps $conv 'HopperConvSteps.*' 15
 rung conv-hopper       $conv 'Hopper/*' 40
 rung conv-operation    $operations '*FramesTest.Conv*' 40
 rung dense             $operations '*AttentionTest.Dense*' 60
@@ -152,7 +152,7 @@ rung backward-mma      $backward 'SparseGradientKernels.TensorCore*:TensorCore/*
 for step in OneTile RaggedTile TwoConsumers RingWrapsAround TwoTilesOfNarrowHeads Lists Accumulates; do
   rung "backward-hopper-$step" $backward "HopperGradientSteps.$step" 15
 done
-rung backward-hopper   $backward 'SparseGradientKernels.Hopper:Hopper/*' 40
+rung backward-hopper   $backward 'HopperGradientSteps.LengthsAndShares:Hopper/*' 40
 rung backward-linear-tile $backward 'LinearGradientKernels.OneTile' 20
 rung backward-linear   $backward '*LinearGradient*' 60
 rung backward-sla      $operations '*AttentionBackwardTest.Sla*:*AttentionBackwardTest.Saving*' 60

@@ -1,5 +1,4 @@
 #include <algorithm>
-
 #include "kernels/cuda/attention/linear_branch.h"
 #include "kernels/cuda/check.h"
 #include "kernels/cuda/gemm.h"

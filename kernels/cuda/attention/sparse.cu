@@ -1,5 +1,4 @@
 // SLA and SALAD: the sparse branch over critical blocks and the linear branch, mixed.
-
 #include "kernels/cuda/attention/linear_branch.h"
 #include "kernels/cuda/attention/problem.h"
 #include "kernels/cuda/attention/salad.h"

@@ -249,10 +249,7 @@ TEST_F(HopperGradientSteps, Lists) {
 TEST_F(HopperGradientSteps, Accumulates) {
   CompareSparse({.length = 200, .share = 5}, GradientKernel::kHopper, true);
 }
-TEST_F(SparseGradientKernels, Hopper) {
-  if (!HasHopper()) GTEST_SKIP() << "this device is not a Hopper";
-  CompareLengthsAndShares(GradientKernel::kHopper);
-}
+TEST_F(HopperGradientSteps, LengthsAndShares) { CompareLengthsAndShares(GradientKernel::kHopper); }
 
 TEST_F(LinearGradientKernels, OneTile) {
   CompareLinear({.head_size = 64}, Feature::kSoftmax, LinearScope::kAll, false);

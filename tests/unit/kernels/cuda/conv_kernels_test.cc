@@ -56,8 +56,8 @@ class ConvKernels : public KernelTest {
 };
 
 // From one stage to all of it: the first that fails says where to look.
-TEST_F(ConvKernels, HopperSteps) {
-  if (!HasHopper()) GTEST_SKIP() << "this device is not a Hopper";
+using HopperConvSteps = OnHopper<ConvKernels>;
+TEST_F(HopperConvSteps, OneStageToAll) {
   for (const int channels : {96, 192}) {
     Compare({1, 16, 16, 96, channels, 1, 1, 1, 0, 0}, ConvKernel::kHopper, false);
     Compare({1, 16, 16, 192, channels, 1, 1, 1, 0, 0}, ConvKernel::kHopper, false);

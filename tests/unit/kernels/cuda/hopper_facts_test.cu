@@ -8,6 +8,7 @@
 #include <random>
 #include <vector>
 
+#include "kernels/cuda/context.h"
 #include "kernels/cuda/hopper/mbarrier.cuh"
 #include "kernels/cuda/hopper/tensor_map.h"
 #include "kernels/cuda/hopper/tma.cuh"
@@ -57,7 +58,7 @@ class HopperFacts : public testing::Test {
     }
     int major = 0;
     ASSERT_EQ(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0), cudaSuccess);
-    if (major != 9) GTEST_SKIP() << "this device is not a Hopper";
+    if (major != kHopperMajor) GTEST_SKIP() << "this device is not a Hopper";
   }
 
   void FillSmall(std::vector<bf16>& values) {

@@ -33,10 +33,10 @@ class KernelTest : public testing::Test {
     if (CudaDeviceCount() == 0) GTEST_SKIP() << "this machine has no CUDA device";
     backend_ = std::make_unique<CudaBackend>(0, BackendOptions{});
   }
-  bool HasHopper() const { return backend_->context().compute_major == kHopperMajor; }
   // For SetUp.
   void SkipWithoutHopper() const {
-    if (!IsSkipped() && !HasHopper()) GTEST_SKIP() << "this device is not a Hopper";
+    if (IsSkipped() || backend_->context().compute_major == kHopperMajor) return;
+    GTEST_SKIP() << "this device is not a Hopper";
   }
 
   // On the host, in f32; values that are exact in bf16.
