@@ -17,13 +17,16 @@ constexpr DType kBF16 = DType::kBF16;
 constexpr DType kF32 = DType::kF32;
 
 void BenchDense(Bench& bench, std::int64_t q_length, std::int64_t k_length, std::int64_t heads,
-                int head_size, cuda::AttentionKernel kernel, const std::string& name) {
+                int head_size, cuda::AttentionKernel kernel, const std::string& name,
+                bool biased = false) {
   if (!bench.Wanted(name)) return;
   const Shape q_shape{1, q_length, heads, head_size};
   const Shape k_shape{1, k_length, heads, head_size};
   const Tensor q = bench.Random(q_shape, kBF16), k = bench.Random(k_shape, kBF16);
   const Tensor v = bench.Random(k_shape, kBF16), out = bench.Empty(q_shape, kBF16);
-  const cuda::AttentionProblem problem = cuda::AttentionProblem::Of(q, k, v, out);
+  const Tensor bias = bench.Random({heads, q_length + k_length - 1}, kF32);
+  cuda::AttentionProblem problem = cuda::AttentionProblem::Of(q, k, v, out);
+  if (biased) problem.relative_bias = bias.data<float>();
   bench.Flops(name, 4.0 * q_length * k_length * heads * head_size,
               [&] { cuda::RunAttention(bench.backend().context(), problem, kernel); });
 }
@@ -32,7 +35,10 @@ void BenchDenseShapes(Bench& bench) {
   using cuda::AttentionKernel;
   BenchDense(bench, kTokens, kTokens, kHeads, 128, AttentionKernel::kTensorCore,
              "attention mma.sync 32760 d128");
-  BenchDense(bench, 512, 512, 64, 64, AttentionKernel::kTensorCore, "attention mma.sync UMT5");
+  BenchDense(bench, 32768, 32768, kHeads, 64, AttentionKernel::kTensorCore,
+             "attention mma.sync 32768 d64");
+  BenchDense(bench, 512, 512, 64, 64, AttentionKernel::kTensorCore, "attention mma.sync UMT5",
+             true);
   BenchDense(bench, 6240, 6240, 1, 384, AttentionKernel::kProduct, "attention products VAE frame");
   if (bench.backend().context().compute_major != cuda::kHopperMajor) return;
   const auto hopper = AttentionKernel::kHopper;
@@ -108,6 +114,11 @@ void BenchSparse(Bench& bench, const SparseCase& c, const std::string& name) {
   SlaArgs args{.q = q, .k = k, .v = v, .map = &map};
   args.out = bench.Empty(c.shape(), kBF16);
   bench.Flops(name, c.Flops(), [&] { bench.backend().SlaAttention(args); });
+  cuda::AttentionProblem problem = cuda::AttentionProblem::Of(q, k, v, args.out);
+  problem.list = cuda::BlockList::Critical(map);
+  bench.Flops(name + ": mma.sync", c.Flops(), [&] {
+    cuda::RunAttention(bench.backend().context(), problem, cuda::AttentionKernel::kTensorCore);
+  });
 }
 
 // run(args) with a map made before it; and with `parts` with one from means that are there already.

@@ -49,23 +49,23 @@ BACKENDS = (
 )
 
 
-def dense_attention(length, name):
+def dense_attention(length, channels, name):
     q, k, v = (
-        torch.randn(1, length, 12, 128, device="cuda", dtype=torch.bfloat16).transpose(1, 2)
+        torch.randn(1, length, 12, channels, device="cuda", dtype=torch.bfloat16).transpose(1, 2)
         for _ in range(3)
     )
     for backend_name, backend in BACKENDS:
         with sdpa_kernel(backend):
             report(
                 name.format(backend_name),
-                4 * length * length * 12 * 128,
+                4 * length * length * 12 * channels,
                 lambda: functional.scaled_dot_product_attention(q, k, v),
             )
 
 
 def attention():
-    for length in (32760, 32768):
-        dense_attention(length, f"torch {{}} {length} d128")
+    for length, channels in ((32760, 128), (32768, 128), (32768, 64)):
+        dense_attention(length, channels, f"torch {{}} {length} d{channels}")
 
 
 def backward():
@@ -91,7 +91,7 @@ def backward():
 def sweep():
     """At the lengths of kernels_bench's sweep, under its names."""
     for length in (8192, 16384, 32768, 65536, 131072):
-        dense_attention(length, f"sweep length {length}: {{}}")
+        dense_attention(length, 128, f"sweep length {length}: {{}}")
 
 
 def products():

@@ -1,4 +1,5 @@
 #include <algorithm>
+
 #include "kernels/cuda/attention/linear_branch.h"
 #include "kernels/cuda/check.h"
 #include "kernels/cuda/gemm.h"

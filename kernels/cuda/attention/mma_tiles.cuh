@@ -9,18 +9,42 @@
 
 namespace slalom::cuda {
 
+// Where a lane of ldmatrix finds its row in a swizzled tile, so that the other matrices of the tile
+// are one or two operations away. The tile lies at a multiple of its rows' 2 kD bytes.
+template <int kD>
+class MatrixAddress {
+ public:
+  template <int kRows>
+  __device__ MatrixAddress(const bf16 (&tile)[kRows][kD], int row, int chunk)
+      : address_(static_cast<std::uint32_t>(__cvta_generic_to_shared(&tile)) +
+                 SwizzledOffset<kD / 8>(row, chunk)) {}
+
+  // `rows` further down, a multiple of 8, and `chunks` further right, none of whose bits the first
+  // chunk has.
+  __device__ std::uint32_t At(int rows, int chunks) const {
+    return (address_ ^ static_cast<std::uint32_t>(chunks * 16)) + rows * kD * 2;
+  }
+
+ private:
+  std::uint32_t address_;
+};
+
 // Brings `rows` rows of kD channels into a swizzled tile of kRows rows; the others become zeros.
+// Each of the kThreads threads brings the same chunk of rows that lie evenly apart.
 template <int kD, int kThreads, int kRows>
 __device__ inline void CopyTile(bf16 (&to)[kRows][kD], const bf16* from, std::int64_t row_stride,
                                 int rows) {
   constexpr int kChunks = kD / 8;
+  constexpr int kStep = kThreads / kChunks;
+  static_assert(kThreads % kChunks == 0 && kRows % kStep == 0);
   const auto base = static_cast<std::uint32_t>(__cvta_generic_to_shared(&to));
+  const int first = static_cast<int>(threadIdx.x / kChunks);
+  const int chunk = static_cast<int>(threadIdx.x % kChunks);
+  from += first * row_stride + chunk * 8;
 #pragma unroll
-  for (int i = threadIdx.x; i < kRows * kChunks; i += kThreads) {
-    const int row = i / kChunks;
-    const int chunk = i % kChunks;
-    CopyAsync16(base + SwizzledOffset<kChunks>(row, chunk), from + row * row_stride + chunk * 8,
-                row < rows);
+  for (int i = 0; i < kRows; i += kStep) {
+    CopyAsync16(base + SwizzledOffset<kChunks>(first + i, chunk), from + i * row_stride,
+                first + i < rows);
   }
 }
 

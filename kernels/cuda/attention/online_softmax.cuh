@@ -22,10 +22,11 @@ struct OnlineSoftmax {
   // that saves a pass over its registers for almost every tile.
   static constexpr float kSlack = 8.0f;
 
-  float scale_log2;                       // scale * log2(e), positive
+  float scale_log2 = 0.0f;                // scale * log2(e), positive
   float max[2] = {-INFINITY, -INFINITY};  // at least the largest score so far, less the slack
   float sum[2] = {0.0f, 0.0f};            // this lane's columns only, until Finish
 
+  OnlineSoftmax() = default;
   __device__ explicit OnlineSoftmax(float scale) : scale_log2(scale * 1.4426950408889634f) {}
 
   // Turns scores into exp(scale * (score - max)) and says by what earlier sums and outputs are to

@@ -1,7 +1,10 @@
-// Softmax attention for sm_80 and newer, with mma.sync (after FlashAttention-2, arXiv 2307.08691):
-// a warp owns 16 query rows, keeps Q, the scores and the output in registers, and walks along the
-// key blocks, which cp.async brings one ahead. Lists of blocks of 16 or 32 are walked along in
-// units of 16 keys, by blocks of one warp: each has a list of its own.
+// Softmax attention for sm_80 and newer, with mma.sync (after FlashAttention-2, arXiv 2307.08691).
+// A warp owns groups of 16 query rows and keeps their scores and output in registers; the block's
+// queries and one tile of keys and of values lie in shared memory. Every fragment of keys or values
+// that a warp reads serves all of its groups: with one group shared memory, which every warp reads
+// whole, would be the bottleneck. While a tile's scores are computed its values come (cp.async),
+// while its values are weighed the next tile's keys. Lists of blocks of 16 or 32 are walked along
+// in units of 16 keys, by blocks of one warp: each has a list of its own.
 #include "kernels/cuda/attention/key_blocks.cuh"
 #include "kernels/cuda/attention/mma_tiles.cuh"
 #include "kernels/cuda/attention/online_softmax.cuh"
@@ -10,8 +13,6 @@
 
 namespace slalom::cuda {
 namespace {
-
-constexpr int kRowsPerWarp = 16;
 
 struct Parameters {
   BlockList list;
@@ -27,54 +28,83 @@ struct Parameters {
   float scale;
 };
 
-template <int kD, int kKeys>
-struct alignas(128) SharedTiles {
-  bf16 k[2][kKeys][kD];
-  bf16 v[2][kKeys][kD];
+// How a block of threads cuts its work: kWarps warps of kGroups x 16 rows, tiles of kKeys keys.
+template <int kWarpCount, int kGroupCount, int kKeyCount>
+struct TilingOf {
+  static constexpr int kGroups = kGroupCount;
+  static constexpr int kKeys = kKeyCount;
+  static constexpr int kThreads = kWarpCount * 32;
+  static constexpr int kWarpRows = kGroups * 16;
+  static constexpr int kRows = kWarpCount * kWarpRows;
+  // As many as registers allow: two groups of 128 channels take all 255 that a thread can have, of
+  // 64 channels 168.
+  static constexpr int BlocksPerMultiprocessor(int head_size) {
+    return (head_size == 64 ? 12 : 8) / kWarpCount;
+  }
+};
+using WideTiling = TilingOf<4, 2, kKeyBlock>;
+using NarrowTiling = TilingOf<2, 2, kKeyBlock>;
+using SmallTiling = TilingOf<1, 1, kSmallKeyBlock>;
+
+template <int kD, class Tiling>
+struct alignas(2 * kD) SharedTiles {
+  bf16 q[Tiling::kRows][kD];
+  bf16 k[Tiling::kKeys][kD];
+  bf16 v[Tiling::kKeys][kD];
 };
 
-// A thread has kKeys / 2 scores.
-template <int kD, int kKeys>
-__device__ void ComputeScores(float (&scores)[kKeys / 2], const std::uint32_t (&q)[kD / 16][4],
-                              const bf16 (&k)[kKeys][kD]) {
-  const auto base = static_cast<std::uint32_t>(__cvta_generic_to_shared(&k));
+// Scores of a warp's groups of 16 rows, which begin at `row`, with all keys of a tile: a thread has
+// kKeys / 2 of each group.
+template <int kD, int kRows, int kKeys, int kGroups>
+__device__ void ComputeScores(float (&scores)[kGroups][kKeys / 2], const bf16 (&q)[kRows][kD],
+                              int row, const bf16 (&k)[kKeys][kD]) {
   const int lane = threadIdx.x % 32;
-  const int row = lane / 16 * 8 + lane % 8;
-  const int half = lane / 8 % 2;
+  const MatrixAddress<kD> queries(q, row + lane % 16, lane / 16);
+  const MatrixAddress<kD> keys(k, lane / 16 * 8 + lane % 8, lane / 8 % 2);
 #pragma unroll
-  for (int pair = 0; pair < kKeys / 16; ++pair) {
-    float sums[2][4] = {};
+  for (int g = 0; g < kGroups; ++g) {
 #pragma unroll
-    for (int step = 0; step < kD / 16; ++step) {
-      std::uint32_t keys[4];
-      LoadMatrices(keys, base + SwizzledOffset<kD / 8>(pair * 16 + row, step * 2 + half));
-      Mma16x8x16(sums[0], q[step], keys[0], keys[1]);
-      Mma16x8x16(sums[1], q[step], keys[2], keys[3]);
+    for (int i = 0; i < kKeys / 2; ++i) scores[g][i] = 0.0f;
+  }
+#pragma unroll
+  for (int step = 0; step < kD / 16; ++step) {
+    std::uint32_t a[kGroups][4];
+#pragma unroll
+    for (int g = 0; g < kGroups; ++g) LoadMatrices(a[g], queries.At(g * 16, step * 2));
+#pragma unroll
+    for (int pair = 0; pair < kKeys / 16; ++pair) {
+      std::uint32_t b[4];
+      LoadMatrices(b, keys.At(pair * 16, step * 2));
+#pragma unroll
+      for (int g = 0; g < kGroups; ++g) {
+        float(&first)[4] = *reinterpret_cast<float(*)[4]>(&scores[g][pair * 8]);
+        float(&second)[4] = *reinterpret_cast<float(*)[4]>(&scores[g][pair * 8 + 4]);
+        Mma16x8x16(first, a[g], b[0], b[1]);
+        Mma16x8x16(second, a[g], b[2], b[3]);
+      }
     }
-#pragma unroll
-    for (int i = 0; i < 8; ++i) scores[pair * 8 + i] = sums[i / 4][i % 4];
   }
 }
 
-template <int kD, int kKeys>
-__device__ void AddOutput(float (&output)[kD / 2],
-                          const std::uint32_t (&probabilities)[kKeys / 16][4],
+template <int kD, int kKeys, int kGroups>
+__device__ void AddOutput(float (&output)[kGroups][kD / 2],
+                          const std::uint32_t (&probabilities)[kGroups][kKeys / 16][4],
                           const bf16 (&v)[kKeys][kD]) {
-  const auto base = static_cast<std::uint32_t>(__cvta_generic_to_shared(&v));
   const int lane = threadIdx.x % 32;
-  const int row = lane % 16;
-  const int half = lane / 16;
+  const MatrixAddress<kD> values(v, lane % 16, lane / 16);
 #pragma unroll
   for (int step = 0; step < kKeys / 16; ++step) {
 #pragma unroll
     for (int pair = 0; pair < kD / 16; ++pair) {
-      std::uint32_t values[4];
-      LoadMatricesTransposed(values,
-                             base + SwizzledOffset<kD / 8>(step * 16 + row, pair * 2 + half));
-      float(&first)[4] = *reinterpret_cast<float(*)[4]>(&output[pair * 8]);
-      float(&second)[4] = *reinterpret_cast<float(*)[4]>(&output[pair * 8 + 4]);
-      Mma16x8x16(first, probabilities[step], values[0], values[1]);
-      Mma16x8x16(second, probabilities[step], values[2], values[3]);
+      std::uint32_t b[4];
+      LoadMatricesTransposed(b, values.At(step * 16, pair * 2));
+#pragma unroll
+      for (int g = 0; g < kGroups; ++g) {
+        float(&first)[4] = *reinterpret_cast<float(*)[4]>(&output[g][pair * 8]);
+        float(&second)[4] = *reinterpret_cast<float(*)[4]>(&output[g][pair * 8 + 4]);
+        Mma16x8x16(first, probabilities[g][step], b[0], b[1]);
+        Mma16x8x16(second, probabilities[g][step], b[2], b[3]);
+      }
     }
   }
 }
@@ -128,67 +158,72 @@ __device__ void StoreTile(const Parameters& parameters, const OnlineSoftmax& sof
   StoreRows(output, rows[0], rows[1]);
 }
 
-template <int kD, int kWarps, int kKeys, bool kBias>
-__global__ void __launch_bounds__(kWarps * 32, kD == 64 ? 12 / kWarps : 8 / kWarps)
+template <int kD, class Tiling, bool kBias>
+__global__ void __launch_bounds__(Tiling::kThreads, Tiling::BlocksPerMultiprocessor(kD))
     TensorCoreAttentionKernel(const Parameters parameters) {
-  extern __shared__ std::byte dynamic_shared[];
-  auto& shared = *reinterpret_cast<SharedTiles<kD, kKeys>*>(dynamic_shared);
-  constexpr int kThreads = kWarps * 32;
-  const int first_row = blockIdx.x * kWarps * kRowsPerWarp;
+  constexpr int kGroups = Tiling::kGroups, kKeys = Tiling::kKeys;
+  extern __shared__ __align__(2 * kD) std::byte dynamic_shared[];
+  auto& shared = *reinterpret_cast<SharedTiles<kD, Tiling>*>(dynamic_shared);
+  const int first_row = blockIdx.x * Tiling::kRows;
   const int head = blockIdx.y;
-  const int sample = blockIdx.z;
-  const int lane = threadIdx.x % 32;
-  const int row = first_row + static_cast<int>(threadIdx.x) / 32 * kRowsPerWarp + lane / 4;
-  const auto keys = KeyBlocksOfTile<kKeys>(
-      parameters.list, parameters.k_length,
-      static_cast<std::int64_t>(sample) * parameters.heads + head, first_row);
+  const std::int64_t sample = blockIdx.z;
+  const int warp_row = static_cast<int>(threadIdx.x) / 32 * Tiling::kWarpRows;
+  const int row = first_row + warp_row + static_cast<int>(threadIdx.x) % 32 / 4;
+  const auto keys = KeyBlocksOfTile<kKeys>(parameters.list, parameters.k_length,
+                                           sample * parameters.heads + head, first_row);
   const std::int64_t stride = static_cast<std::int64_t>(parameters.heads) * kD;
-  const std::int64_t kv_start =
-      static_cast<std::int64_t>(sample) * parameters.k_length * stride + head * kD;
-  const auto copy = [&](int block) {
-    const int start = keys.Start(block);
-    const std::int64_t offset = kv_start + start * stride;
-    CopyTile<kD, kThreads>(shared.k[block % 2], parameters.k + offset, stride,
-                           parameters.k_length - start);
-    CopyTile<kD, kThreads>(shared.v[block % 2], parameters.v + offset, stride,
-                           parameters.k_length - start);
+  // Rows `start` on of a tensor of `length` rows, on their way until the wait for all copies.
+  const auto copy = [&](auto& tile, const bf16* from, int start, int length) {
+    CopyTile<kD, Tiling::kThreads>(tile, from + (sample * length + start) * stride + head * kD,
+                                   stride, length - start);
+    CopyAsyncCommit();
+  };
+  const auto copy_keys = [&](int block) {
+    copy(shared.k, parameters.k, keys.Start(block), parameters.k_length);
   };
 
-  std::uint32_t q[kD / 16][4];
-  LoadRowFragments<kD>(
-      q,
-      parameters.q + static_cast<std::int64_t>(sample) * parameters.q_length * stride + head * kD,
-      stride, row, parameters.q_length);
-  OnlineSoftmax softmax(kBias ? 1.0f : parameters.scale);
-  float output[kD / 2] = {};
-  if (keys.count > 0) copy(keys.count - 1);
-  CopyAsyncCommit();
-#pragma unroll 1
-  for (int block = keys.count - 1; block >= 0; --block) {
-    if (block > 0) copy(block - 1);
-    CopyAsyncCommit();
-    CopyAsyncWait<1>();
-    __syncthreads();
-    float scores[kKeys / 2];
-    ComputeScores<kD>(scores, q, shared.k[block % 2]);
-    if constexpr (kBias) AddBias(scores, parameters, head, row, keys.Start(block));
-    if (block == keys.count - 1) MaskKeys(scores, keys.Keys(block));
-    float correction[2];
-    softmax.Update(scores, correction);
-    CorrectRows(output, correction);
-    std::uint32_t probabilities[kKeys / 16][4];
-    PackProbabilities(scores, probabilities);
-    AddOutput<kD>(output, probabilities, shared.v[block % 2]);
-    __syncthreads();
+  if (keys.count > 0) {
+    copy(shared.q, parameters.q, first_row, parameters.q_length);
+    copy_keys(keys.count - 1);
   }
-  softmax.Finish();
-  StoreTile<kD>(parameters, softmax, output, keys.count > 0, row, head, sample);
+  OnlineSoftmax softmax[kGroups];
+#pragma unroll
+  for (OnlineSoftmax& group : softmax) group = OnlineSoftmax(kBias ? 1.0f : parameters.scale);
+  float output[kGroups][kD / 2] = {};
+#pragma unroll 1
+  for (int block = keys.count - 1; block >= 0; --block) {  // only the last one can be ragged
+    CopyAsyncWait<0>();
+    __syncthreads();
+    copy(shared.v, parameters.v, keys.Start(block), parameters.k_length);
+    float scores[kGroups][kKeys / 2];
+    ComputeScores(scores, shared.q, warp_row, shared.k);
+    CopyAsyncWait<0>();
+    __syncthreads();
+    if (block > 0) copy_keys(block - 1);
+    std::uint32_t probabilities[kGroups][kKeys / 16][4];
+#pragma unroll
+    for (int g = 0; g < kGroups; ++g) {
+      if constexpr (kBias) AddBias(scores[g], parameters, head, row + g * 16, keys.Start(block));
+      if (block == keys.count - 1) MaskKeys(scores[g], keys.Keys(block));
+      float correction[2];
+      softmax[g].Update(scores[g], correction);
+      CorrectRows(output[g], correction);
+      PackProbabilities(scores[g], probabilities[g]);
+    }
+    AddOutput(output, probabilities, shared.v);
+  }
+#pragma unroll
+  for (int g = 0; g < kGroups; ++g) {
+    softmax[g].Finish();
+    StoreTile<kD>(parameters, softmax[g], output[g], keys.count > 0, row + g * 16, head,
+                  static_cast<int>(sample));
+  }
 }
 
-template <int kD, int kWarps, int kKeys, bool kBias>
+template <int kD, class Tiling, bool kBias = false>
 void Launch(const Context& context, const AttentionProblem& problem) {
-  constexpr std::size_t kSharedBytes = sizeof(SharedTiles<kD, kKeys>);
-  const auto kernel = TensorCoreAttentionKernel<kD, kWarps, kKeys, kBias>;
+  constexpr std::size_t kSharedBytes = sizeof(SharedTiles<kD, Tiling>);
+  const auto kernel = TensorCoreAttentionKernel<kD, Tiling, kBias>;
   Check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes),
         "TensorCoreAttention: shared memory");
   const Parameters parameters{problem.list,
@@ -202,21 +237,21 @@ void Launch(const Context& context, const AttentionProblem& problem) {
                               static_cast<int>(problem.q_length),
                               static_cast<int>(problem.k_length),
                               problem.scale};
-  constexpr int kRows = kWarps * kRowsPerWarp;
-  const dim3 grid(static_cast<unsigned>((problem.q_length + kRows - 1) / kRows),
+  const dim3 grid(static_cast<unsigned>((problem.q_length + Tiling::kRows - 1) / Tiling::kRows),
                   static_cast<unsigned>(problem.heads), static_cast<unsigned>(problem.batch));
-  kernel<<<grid, kWarps * 32, kSharedBytes, context.stream>>>(parameters);
+  kernel<<<grid, Tiling::kThreads, kSharedBytes, context.stream>>>(parameters);
   CheckLaunch("TensorCoreAttention");
 }
 
 template <int kD>
 void LaunchForHeadSize(const Context& context, const AttentionProblem& problem) {
   const BlockList& list = problem.list;
-  if (problem.relative_bias != nullptr) return Launch<kD, 4, kKeyBlock, true>(context, problem);
-  if (list.indices == nullptr) return Launch<kD, 8, kKeyBlock, false>(context, problem);
-  if (!list.MadeOf(kKeyBlock)) return Launch<kD, 1, kSmallKeyBlock, false>(context, problem);
-  list.block_q % 128 == 0 ? Launch<kD, 8, kKeyBlock, false>(context, problem)
-                          : Launch<kD, 4, kKeyBlock, false>(context, problem);
+  const bool dense = list.indices == nullptr;
+  // UMT5's texts are short: more and smaller blocks.
+  if (problem.relative_bias != nullptr) return Launch<kD, NarrowTiling, true>(context, problem);
+  if (!dense && !list.MadeOf(kKeyBlock)) return Launch<kD, SmallTiling>(context, problem);
+  dense || list.block_q % WideTiling::kRows == 0 ? Launch<kD, WideTiling>(context, problem)
+                                                 : Launch<kD, NarrowTiling>(context, problem);
 }
 
 }  // namespace
