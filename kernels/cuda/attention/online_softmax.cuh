@@ -36,28 +36,25 @@ struct OnlineSoftmax {
   __device__ void Update(float (&scores)[kCount], float (&correction)[2]) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      float largest = max[r];
-#pragma unroll
-      for (int j = 0; j < kCount / 4; ++j) {
-        largest = fmaxf(largest, fmaxf(scores[4 * j + 2 * r], scores[4 * j + 2 * r + 1]));
-      }
-      largest = GroupMax<4>(largest);
-      if ((largest - max[r]) * scale_log2 <= kSlack) largest = max[r];
-      correction[r] = Exp2((max[r] - largest) * scale_log2);
-      max[r] = largest;
-      const float offset = largest * scale_log2;
-      float total = 0.0f;
-#pragma unroll
-      for (int j = 0; j < kCount / 4; ++j) {
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          float& score = scores[4 * j + 2 * r + i];
-          score = Exp2(fmaf(score, scale_log2, -offset));
-          total += score;
-        }
-      }
+      correction[r] = RaiseRow(r, scores);
+      const float total = ExponentiateRow(r, scores);
       sum[r] = sum[r] * correction[r] + total;
     }
+  }
+
+  // The same in two halves, the second one part of the scores after the other.
+  template <int kCount>
+  __device__ void Raise(const float (&scores)[kCount], float (&correction)[2]) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      correction[r] = RaiseRow(r, scores);
+      sum[r] *= correction[r];
+    }
+  }
+  template <int kCount>
+  __device__ void Exponentiate(float (&scores)[kCount]) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) sum[r] += ExponentiateRow(r, scores);
   }
 
   // Sums over the row's four lanes.
@@ -68,6 +65,36 @@ struct OnlineSoftmax {
   // Natural log of the row's sum of exp(scale * score); after Finish.
   __device__ float LogSumExp(int r) const {
     return max[r] * scale_log2 * 0.6931471805599453f + logf(sum[r]);
+  }
+
+ private:
+  template <int kCount>
+  __device__ float RaiseRow(int r, const float (&scores)[kCount]) {
+    float largest = max[r];
+#pragma unroll
+    for (int j = 0; j < kCount / 4; ++j) {
+      largest = fmaxf(largest, fmaxf(scores[4 * j + 2 * r], scores[4 * j + 2 * r + 1]));
+    }
+    largest = GroupMax<4>(largest);
+    if ((largest - max[r]) * scale_log2 <= kSlack) largest = max[r];
+    const float correction = Exp2((max[r] - largest) * scale_log2);
+    max[r] = largest;
+    return correction;
+  }
+  template <int kCount>
+  __device__ float ExponentiateRow(int r, float (&scores)[kCount]) const {
+    const float offset = max[r] * scale_log2;
+    float total = 0.0f;
+#pragma unroll
+    for (int j = 0; j < kCount / 4; ++j) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        float& score = scores[4 * j + 2 * r + i];
+        score = Exp2(fmaf(score, scale_log2, -offset));
+        total += score;
+      }
+    }
+    return total;
   }
 };
 

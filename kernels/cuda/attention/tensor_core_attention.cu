@@ -29,22 +29,24 @@ struct Parameters {
 };
 
 // How a block of threads cuts its work: kWarps warps of kGroups x 16 rows, tiles of kKeys keys.
-template <int kWarpCount, int kGroupCount, int kKeyCount>
+template <int kWarps, int kGroupCount, int kKeyCount>
 struct TilingOf {
   static constexpr int kGroups = kGroupCount;
   static constexpr int kKeys = kKeyCount;
-  static constexpr int kThreads = kWarpCount * 32;
+  static constexpr int kThreads = kWarps * 32;
   static constexpr int kWarpRows = kGroups * 16;
-  static constexpr int kRows = kWarpCount * kWarpRows;
-  // As many as registers allow: two groups of 128 channels take all 255 that a thread can have, of
-  // 64 channels 168.
-  static constexpr int BlocksPerMultiprocessor(int head_size) {
-    return (head_size == 64 ? 12 : 8) / kWarpCount;
-  }
+  static constexpr int kRows = kWarps * kWarpRows;
+  // Eight warps on a multiprocessor leave each thread the 255 registers that two groups can use.
+  static constexpr int kBlocksPerMultiprocessor = (kGroups == 2 ? 8 : 12) / kWarps;
 };
+template <int kD>
+using DenseTiling = TilingOf<4, 2, 8192 / kD>;
 using WideTiling = TilingOf<4, 2, kKeyBlock>;
 using NarrowTiling = TilingOf<2, 2, kKeyBlock>;
 using SmallTiling = TilingOf<1, 1, kSmallKeyBlock>;
+
+// What a kernel knows when it is compiled, so that it carries no more.
+enum class Keys { kAll, kListed, kBiased };  // kBiased: all or listed, with a relative bias
 
 template <int kD, class Tiling>
 struct alignas(2 * kD) SharedTiles {
@@ -86,14 +88,22 @@ __device__ void ComputeScores(float (&scores)[kGroups][kKeys / 2], const bf16 (&
   }
 }
 
+// Turns the scores into probabilities and adds the values they weigh, 16 keys after the other, so
+// that exponentials and products overlap.
 template <int kD, int kKeys, int kGroups>
-__device__ void AddOutput(float (&output)[kGroups][kD / 2],
-                          const std::uint32_t (&probabilities)[kGroups][kKeys / 16][4],
-                          const bf16 (&v)[kKeys][kD]) {
+__device__ void AddOutput(float (&output)[kGroups][kD / 2], float (&scores)[kGroups][kKeys / 2],
+                          OnlineSoftmax (&softmax)[kGroups], const bf16 (&v)[kKeys][kD]) {
   const int lane = threadIdx.x % 32;
   const MatrixAddress<kD> values(v, lane % 16, lane / 16);
 #pragma unroll
   for (int step = 0; step < kKeys / 16; ++step) {
+    std::uint32_t a[kGroups][1][4];
+#pragma unroll
+    for (int g = 0; g < kGroups; ++g) {
+      float(&part)[8] = *reinterpret_cast<float(*)[8]>(&scores[g][step * 8]);
+      softmax[g].Exponentiate(part);
+      PackProbabilities(part, a[g]);
+    }
 #pragma unroll
     for (int pair = 0; pair < kD / 16; ++pair) {
       std::uint32_t b[4];
@@ -102,8 +112,8 @@ __device__ void AddOutput(float (&output)[kGroups][kD / 2],
       for (int g = 0; g < kGroups; ++g) {
         float(&first)[4] = *reinterpret_cast<float(*)[4]>(&output[g][pair * 8]);
         float(&second)[4] = *reinterpret_cast<float(*)[4]>(&output[g][pair * 8 + 4]);
-        Mma16x8x16(first, probabilities[g][step], b[0], b[1]);
-        Mma16x8x16(second, probabilities[g][step], b[2], b[3]);
+        Mma16x8x16(first, a[g][0], b[0], b[1]);
+        Mma16x8x16(second, a[g][0], b[2], b[3]);
       }
     }
   }
@@ -158,8 +168,8 @@ __device__ void StoreTile(const Parameters& parameters, const OnlineSoftmax& sof
   StoreRows(output, rows[0], rows[1]);
 }
 
-template <int kD, class Tiling, bool kBias>
-__global__ void __launch_bounds__(Tiling::kThreads, Tiling::BlocksPerMultiprocessor(kD))
+template <int kD, class Tiling, Keys kWhich>
+__global__ void __launch_bounds__(Tiling::kThreads, Tiling::kBlocksPerMultiprocessor)
     TensorCoreAttentionKernel(const Parameters parameters) {
   constexpr int kGroups = Tiling::kGroups, kKeys = Tiling::kKeys;
   extern __shared__ __align__(2 * kD) std::byte dynamic_shared[];
@@ -169,48 +179,60 @@ __global__ void __launch_bounds__(Tiling::kThreads, Tiling::BlocksPerMultiproces
   const std::int64_t sample = blockIdx.z;
   const int warp_row = static_cast<int>(threadIdx.x) / 32 * Tiling::kWarpRows;
   const int row = first_row + warp_row + static_cast<int>(threadIdx.x) % 32 / 4;
-  const auto keys = KeyBlocksOfTile<kKeys>(parameters.list, parameters.k_length,
-                                           sample * parameters.heads + head, first_row);
-  const std::int64_t stride = static_cast<std::int64_t>(parameters.heads) * kD;
-  // Rows `start` on of a tensor of `length` rows, on their way until the wait for all copies.
-  const auto copy = [&](auto& tile, const bf16* from, int start, int length) {
-    CopyTile<kD, Tiling::kThreads>(tile, from + (sample * length + start) * stride + head * kD,
-                                   stride, length - start);
+  const auto keys = kWhich == Keys::kAll
+                        ? KeyBlocksOf<kKeys>::Dense(parameters.k_length)
+                        : KeyBlocksOfTile<kKeys>(parameters.list, parameters.k_length,
+                                                 sample * parameters.heads + head, first_row);
+  const int stride = parameters.heads * kD;
+  const auto rows_of = [&](const bf16* tensor, int length) {
+    return tensor + sample * length * stride + head * kD;
+  };
+  const bf16* const k = rows_of(parameters.k, parameters.k_length);
+  const bf16* const v = rows_of(parameters.v, parameters.k_length);
+  // A tile from row `start` on, on its way until the next wait.
+  const auto copy = [&](auto& tile, const bf16* rows, int start, int length) {
+    CopyTile<kD, Tiling::kThreads>(tile, rows + static_cast<std::int64_t>(start) * stride, stride,
+                                   length - start);
     CopyAsyncCommit();
   };
+  int next = 0;  // the first key of the tile that comes
   const auto copy_keys = [&](int block) {
-    copy(shared.k, parameters.k, keys.Start(block), parameters.k_length);
+    next = keys.Start(block);
+    copy(shared.k, k, next, parameters.k_length);
   };
 
   if (keys.count > 0) {
-    copy(shared.q, parameters.q, first_row, parameters.q_length);
+    copy(shared.q, rows_of(parameters.q, parameters.q_length), first_row, parameters.q_length);
     copy_keys(keys.count - 1);
   }
   OnlineSoftmax softmax[kGroups];
 #pragma unroll
-  for (OnlineSoftmax& group : softmax) group = OnlineSoftmax(kBias ? 1.0f : parameters.scale);
+  for (OnlineSoftmax& group : softmax) {
+    group = OnlineSoftmax(kWhich == Keys::kBiased ? 1.0f : parameters.scale);
+  }
   float output[kGroups][kD / 2] = {};
 #pragma unroll 1
   for (int block = keys.count - 1; block >= 0; --block) {  // only the last one can be ragged
     CopyAsyncWait<0>();
     __syncthreads();
-    copy(shared.v, parameters.v, keys.Start(block), parameters.k_length);
+    const int start = next;
+    copy(shared.v, v, start, parameters.k_length);
     float scores[kGroups][kKeys / 2];
     ComputeScores(scores, shared.q, warp_row, shared.k);
     CopyAsyncWait<0>();
     __syncthreads();
     if (block > 0) copy_keys(block - 1);
-    std::uint32_t probabilities[kGroups][kKeys / 16][4];
 #pragma unroll
     for (int g = 0; g < kGroups; ++g) {
-      if constexpr (kBias) AddBias(scores[g], parameters, head, row + g * 16, keys.Start(block));
-      if (block == keys.count - 1) MaskKeys(scores[g], keys.Keys(block));
+      if constexpr (kWhich == Keys::kBiased) {
+        AddBias(scores[g], parameters, head, row + g * 16, start);
+      }
+      if (block == keys.count - 1) MaskKeys(scores[g], parameters.k_length - start);
       float correction[2];
-      softmax[g].Update(scores[g], correction);
+      softmax[g].Raise(scores[g], correction);
       CorrectRows(output[g], correction);
-      PackProbabilities(scores[g], probabilities[g]);
     }
-    AddOutput(output, probabilities, shared.v);
+    AddOutput(output, scores, softmax, shared.v);
   }
 #pragma unroll
   for (int g = 0; g < kGroups; ++g) {
@@ -220,10 +242,10 @@ __global__ void __launch_bounds__(Tiling::kThreads, Tiling::BlocksPerMultiproces
   }
 }
 
-template <int kD, class Tiling, bool kBias = false>
+template <int kD, class Tiling, Keys kWhich>
 void Launch(const Context& context, const AttentionProblem& problem) {
   constexpr std::size_t kSharedBytes = sizeof(SharedTiles<kD, Tiling>);
-  const auto kernel = TensorCoreAttentionKernel<kD, Tiling, kBias>;
+  const auto kernel = TensorCoreAttentionKernel<kD, Tiling, kWhich>;
   Check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes),
         "TensorCoreAttention: shared memory");
   const Parameters parameters{problem.list,
@@ -246,12 +268,13 @@ void Launch(const Context& context, const AttentionProblem& problem) {
 template <int kD>
 void LaunchForHeadSize(const Context& context, const AttentionProblem& problem) {
   const BlockList& list = problem.list;
-  const bool dense = list.indices == nullptr;
-  // UMT5's texts are short: more and smaller blocks.
-  if (problem.relative_bias != nullptr) return Launch<kD, NarrowTiling, true>(context, problem);
-  if (!dense && !list.MadeOf(kKeyBlock)) return Launch<kD, SmallTiling>(context, problem);
-  dense || list.block_q % WideTiling::kRows == 0 ? Launch<kD, WideTiling>(context, problem)
-                                                 : Launch<kD, NarrowTiling>(context, problem);
+  if (problem.relative_bias != nullptr) {
+    return Launch<kD, NarrowTiling, Keys::kBiased>(context, problem);
+  }
+  if (list.indices == nullptr) return Launch<kD, DenseTiling<kD>, Keys::kAll>(context, problem);
+  if (!list.MadeOf(kKeyBlock)) return Launch<kD, SmallTiling, Keys::kListed>(context, problem);
+  list.block_q % WideTiling::kRows == 0 ? Launch<kD, WideTiling, Keys::kListed>(context, problem)
+                                        : Launch<kD, NarrowTiling, Keys::kListed>(context, problem);
 }
 
 }  // namespace
