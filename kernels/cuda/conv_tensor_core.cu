@@ -1,6 +1,7 @@
 // Convolution with mma.sync: tiles of 128 output pixels, k in steps of 32, four stages of cp.async.
 #include "kernels/cuda/check.h"
 #include "kernels/cuda/conv.h"
+#include "kernels/cuda/fragments.cuh"
 #include "kernels/cuda/mma.cuh"
 #include "kernels/cuda/vector.cuh"
 
@@ -112,27 +113,20 @@ struct Accumulators {
 
   __device__ void AddStage(const bf16 (&pixels)[kPixels][kDepth],
                            const bf16 (&weights)[kChannels][kDepth]) {
-    const auto pixel_base = static_cast<std::uint32_t>(__cvta_generic_to_shared(&pixels));
-    const auto weight_base = static_cast<std::uint32_t>(__cvta_generic_to_shared(&weights));
-    const int lane = threadIdx.x % 32;
+    const FragmentReader<Operand::kLeft, kDepth> left(pixels, WarpPixel());
+    const FragmentReader<Operand::kRightTransposed, kDepth> right(weights, WarpChannel());
 #pragma unroll
     for (int step = 0; step < kDepth / 16; ++step) {
       std::uint32_t a[Tile::kPixelFragments][4];
 #pragma unroll
-      for (int i = 0; i < Tile::kPixelFragments; ++i) {
-        LoadMatrices(a[i], pixel_base + SwizzledOffset<kChunks>(WarpPixel() + i * 16 + lane % 16,
-                                                                step * 2 + lane / 16));
-      }
+      for (int i = 0; i < Tile::kPixelFragments; ++i) left.Load(a[i], i * 16, step * 16);
 #pragma unroll
       for (int pair = 0; pair < Tile::kChannelPairs; ++pair) {
         std::uint32_t b[4];
-        LoadMatrices(b, weight_base + SwizzledOffset<kChunks>(
-                                          WarpChannel() + pair * 16 + lane / 16 * 8 + lane % 8,
-                                          step * 2 + lane / 8 % 2));
+        right.Load(b, pair * 16, step * 16);
 #pragma unroll
         for (int i = 0; i < Tile::kPixelFragments; ++i) {
-          Mma16x8x16(sums[i][2 * pair], a[i], b[0], b[1]);
-          Mma16x8x16(sums[i][2 * pair + 1], a[i], b[2], b[3]);
+          Mma16x16x16(sums[i][2 * pair], sums[i][2 * pair + 1], a[i], b);
         }
       }
     }

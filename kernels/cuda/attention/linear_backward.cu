@@ -61,7 +61,7 @@ struct RowTiles {
   bf16 y[kTile][kD];
 };
 template <int kD>
-struct alignas(128) RowStorage {
+struct alignas(2 * kD) RowStorage {
   bf16 matrix[kD][kD];
   RowTiles<kD> tiles[2];  // one is computed while the next arrives
   float vector[kD];
@@ -198,7 +198,7 @@ __device__ void RowTile(const RowParameters& p, const RowStorage<kD>& shared, Ro
 // Grid (groups of p.tiles tiles of rows, heads).
 template <int kD, bool kQueries>
 __global__ void __launch_bounds__(kRowThreads, 2) RowKernel(const RowParameters p) {
-  extern __shared__ std::byte dynamic_shared[];
+  extern __shared__ __align__(2 * kD) std::byte dynamic_shared[];
   auto& shared = *reinterpret_cast<RowStorage<kD>*>(dynamic_shared);
   const int head_index = p.first_head + blockIdx.y;
   const std::int64_t row_stride = std::int64_t{p.heads} * kD;

@@ -6,6 +6,7 @@
 
 #include "kernels/cuda/attention/features.cuh"
 #include "kernels/cuda/attention/mma_tiles.cuh"
+#include "kernels/cuda/fragments.cuh"
 
 namespace slalom::cuda::linear_tiles {
 
@@ -18,16 +19,11 @@ constexpr int TileRows(int block) {
   return block % kTile == 0 ? kTile : block % (kTile / 2) == 0 ? kTile / 2 : kWarpRows;
 }
 
-__device__ inline std::uint32_t SharedAddress(const void* pointer) {
-  return static_cast<std::uint32_t>(__cvta_generic_to_shared(pointer));
-}
-
 // sums = a m for m [kD (k), kD (n)], or a m^T with kTransposed.
 template <int kD, bool kTransposed>
 __device__ inline void Multiply(const std::uint32_t (&a)[kD / 16][4], const bf16 (&m)[kD][kD],
                                 float (&sums)[kD / 8][4]) {
-  const std::uint32_t base = SharedAddress(&m);
-  const int lane = threadIdx.x % 32;
+  const FragmentReader<kTransposed ? Operand::kRightTransposed : Operand::kRight, kD> matrix(m);
 #pragma unroll
   for (int i = 0; i < kD / 2; ++i) sums[i / 4][i % 4] = 0.0f;
 #pragma unroll
@@ -35,15 +31,8 @@ __device__ inline void Multiply(const std::uint32_t (&a)[kD / 16][4], const bf16
 #pragma unroll
     for (int pair = 0; pair < kD / 16; ++pair) {
       std::uint32_t b[4];
-      if constexpr (kTransposed) {
-        LoadMatrices(b, base + SwizzledOffset<kD / 8>(pair * 16 + lane / 16 * 8 + lane % 8,
-                                                      step * 2 + lane / 8 % 2));
-      } else {
-        LoadMatricesTransposed(
-            b, base + SwizzledOffset<kD / 8>(step * 16 + lane % 16, pair * 2 + lane / 16));
-      }
-      Mma16x8x16(sums[2 * pair], a[step], b[0], b[1]);
-      Mma16x8x16(sums[2 * pair + 1], a[step], b[2], b[3]);
+      matrix.Load(b, (kTransposed ? pair : step) * 16, (kTransposed ? step : pair) * 16);
+      Mma16x16x16(sums[2 * pair], sums[2 * pair + 1], a[step], b);
     }
   }
 }
@@ -52,12 +41,9 @@ __device__ inline void Multiply(const std::uint32_t (&a)[kD / 16][4], const bf16
 template <int kD>
 __device__ inline void LoadFragments(std::uint32_t (&a)[kD / 16][4], const bf16 (&tile)[kTile][kD],
                                      int row) {
-  const int lane = threadIdx.x % 32;
+  const FragmentReader<Operand::kLeft, kD> rows(tile, row);
 #pragma unroll
-  for (int step = 0; step < kD / 16; ++step) {
-    LoadMatrices(a[step], SharedAddress(&tile) +
-                              SwizzledOffset<kD / 8>(row + lane % 16, step * 2 + lane / 16));
-  }
+  for (int step = 0; step < kD / 16; ++step) rows.Load(a[step], 0, step * 16);
 }
 
 // A half's channels: of register step * 16 + 2 * (lane % 4), the next, and 8 further for the

@@ -3,6 +3,7 @@
 
 #include "kernels/cuda/attention/block_map.h"
 #include "kernels/cuda/check.h"
+#include "kernels/cuda/fragments.cuh"
 #include "kernels/cuda/mma.cuh"
 #include "kernels/cuda/ops.h"
 #include "kernels/cuda/reduce.cuh"
@@ -125,7 +126,7 @@ __global__ void __launch_bounds__(256)
 
 // Where the tensor cores' kernel keeps queries and keys.
 template <int kD>
-struct alignas(128) MassTiles {
+struct alignas(2 * kD) MassTiles {
   bf16 queries[kMassTile][kD];
   bf16 keys[2][kMassTile][kD];  // one arrives while the other is multiplied
 };
@@ -149,7 +150,7 @@ __device__ inline void GatherRows(bf16 (&to)[kMassTile][kD], const bf16* x, cons
 template <int kD>
 __global__ void __launch_bounds__(kMassThreads)
     MassTensorCoreKernel(const MassParameters p, const bf16* q, const bf16* k, float2* partial) {
-  extern __shared__ __align__(128) std::byte dynamic_shared[];
+  extern __shared__ __align__(2 * kD) std::byte dynamic_shared[];
   auto& tiles = *reinterpret_cast<MassTiles<kD>*>(dynamic_shared);
   const std::int64_t head = blockIdx.z % p.heads, sample = blockIdx.z / p.heads;
   const bool moved = p.reordered && head >= p.heads / 2;
@@ -184,20 +185,17 @@ __global__ void __launch_bounds__(kMassThreads)
     CopyAsyncWait<1>();
     __syncthreads();
     float scores[kMassTile / 8][4] = {};
-    const auto query_base = static_cast<std::uint32_t>(__cvta_generic_to_shared(&tiles.queries));
-    const auto key_base =
-        static_cast<std::uint32_t>(__cvta_generic_to_shared(&tiles.keys[tile % 2]));
+    const FragmentReader<Operand::kLeft, kD> queries(tiles.queries, row);
+    const FragmentReader<Operand::kRightTransposed, kD> keys(tiles.keys[tile % 2]);
 #pragma unroll
     for (int step = 0; step < kD / 16; ++step) {
       std::uint32_t a[4];
-      LoadMatrices(a, query_base + SwizzledOffset<kD / 8>(row + lane % 16, step * 2 + lane / 16));
+      queries.Load(a, 0, step * 16);
 #pragma unroll
       for (int pair = 0; pair < kMassTile / 16; ++pair) {
         std::uint32_t b[4];
-        LoadMatrices(b, key_base + SwizzledOffset<kD / 8>(pair * 16 + lane / 16 * 8 + lane % 8,
-                                                          step * 2 + lane / 8 % 2));
-        Mma16x8x16(scores[2 * pair], a, b[0], b[1]);
-        Mma16x8x16(scores[2 * pair + 1], a, b[2], b[3]);
+        keys.Load(b, pair * 16, step * 16);
+        Mma16x16x16(scores[2 * pair], scores[2 * pair + 1], a, b);
       }
     }
     const int count = key_count(tile);

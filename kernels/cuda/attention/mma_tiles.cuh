@@ -9,26 +9,6 @@
 
 namespace slalom::cuda {
 
-// Where a lane of ldmatrix finds its row in a swizzled tile, so that the other matrices of the tile
-// are one or two operations away. The tile lies at a multiple of its rows' 2 kD bytes.
-template <int kD>
-class MatrixAddress {
- public:
-  template <int kRows>
-  __device__ MatrixAddress(const bf16 (&tile)[kRows][kD], int row, int chunk)
-      : address_(static_cast<std::uint32_t>(__cvta_generic_to_shared(&tile)) +
-                 SwizzledOffset<kD / 8>(row, chunk)) {}
-
-  // `rows` further down, a multiple of 8, and `chunks` further right, none of whose bits the first
-  // chunk has.
-  __device__ std::uint32_t At(int rows, int chunks) const {
-    return (address_ ^ static_cast<std::uint32_t>(chunks * 16)) + rows * kD * 2;
-  }
-
- private:
-  std::uint32_t address_;
-};
-
 // Brings `rows` rows of kD channels into a swizzled tile of kRows rows; the others become zeros.
 // Each of the kThreads threads brings the same chunk of rows that lie evenly apart.
 template <int kD, int kThreads, int kRows>

@@ -10,6 +10,7 @@
 #include "kernels/cuda/attention/online_softmax.cuh"
 #include "kernels/cuda/attention/problem.h"
 #include "kernels/cuda/check.h"
+#include "kernels/cuda/fragments.cuh"
 
 namespace slalom::cuda {
 namespace {
@@ -55,14 +56,20 @@ struct alignas(2 * kD) SharedTiles {
   bf16 v[Tiling::kKeys][kD];
 };
 
+// The i-th kPart of a thread's values: 4 are its share of a fragment 16 x 8, 8 of a step of 16
+// keys.
+template <int kPart, int kCount>
+__device__ inline float (&Part(float (&values)[kCount], int i))[kPart] {
+  return *reinterpret_cast<float(*)[kPart]>(&values[i * kPart]);
+}
+
 // Scores of a warp's groups of 16 rows, which begin at `row`, with all keys of a tile: a thread has
 // kKeys / 2 of each group.
 template <int kD, int kRows, int kKeys, int kGroups>
 __device__ void ComputeScores(float (&scores)[kGroups][kKeys / 2], const bf16 (&q)[kRows][kD],
                               int row, const bf16 (&k)[kKeys][kD]) {
-  const int lane = threadIdx.x % 32;
-  const MatrixAddress<kD> queries(q, row + lane % 16, lane / 16);
-  const MatrixAddress<kD> keys(k, lane / 16 * 8 + lane % 8, lane / 8 % 2);
+  const FragmentReader<Operand::kLeft, kD> queries(q, row);
+  const FragmentReader<Operand::kRightTransposed, kD> keys(k);
 #pragma unroll
   for (int g = 0; g < kGroups; ++g) {
 #pragma unroll
@@ -72,17 +79,14 @@ __device__ void ComputeScores(float (&scores)[kGroups][kKeys / 2], const bf16 (&
   for (int step = 0; step < kD / 16; ++step) {
     std::uint32_t a[kGroups][4];
 #pragma unroll
-    for (int g = 0; g < kGroups; ++g) LoadMatrices(a[g], queries.At(g * 16, step * 2));
+    for (int g = 0; g < kGroups; ++g) queries.Load(a[g], g * 16, step * 16);
 #pragma unroll
     for (int pair = 0; pair < kKeys / 16; ++pair) {
       std::uint32_t b[4];
-      LoadMatrices(b, keys.At(pair * 16, step * 2));
+      keys.Load(b, pair * 16, step * 16);
 #pragma unroll
       for (int g = 0; g < kGroups; ++g) {
-        float(&first)[4] = *reinterpret_cast<float(*)[4]>(&scores[g][pair * 8]);
-        float(&second)[4] = *reinterpret_cast<float(*)[4]>(&scores[g][pair * 8 + 4]);
-        Mma16x8x16(first, a[g], b[0], b[1]);
-        Mma16x8x16(second, a[g], b[2], b[3]);
+        Mma16x16x16(Part<4>(scores[g], 2 * pair), Part<4>(scores[g], 2 * pair + 1), a[g], b);
       }
     }
   }
@@ -93,27 +97,22 @@ __device__ void ComputeScores(float (&scores)[kGroups][kKeys / 2], const bf16 (&
 template <int kD, int kKeys, int kGroups>
 __device__ void AddOutput(float (&output)[kGroups][kD / 2], float (&scores)[kGroups][kKeys / 2],
                           OnlineSoftmax (&softmax)[kGroups], const bf16 (&v)[kKeys][kD]) {
-  const int lane = threadIdx.x % 32;
-  const MatrixAddress<kD> values(v, lane % 16, lane / 16);
+  const FragmentReader<Operand::kRight, kD> values(v);
 #pragma unroll
   for (int step = 0; step < kKeys / 16; ++step) {
     std::uint32_t a[kGroups][1][4];
 #pragma unroll
     for (int g = 0; g < kGroups; ++g) {
-      float(&part)[8] = *reinterpret_cast<float(*)[8]>(&scores[g][step * 8]);
-      softmax[g].Exponentiate(part);
-      PackProbabilities(part, a[g]);
+      softmax[g].Exponentiate(Part<8>(scores[g], step));
+      PackProbabilities(Part<8>(scores[g], step), a[g]);
     }
 #pragma unroll
     for (int pair = 0; pair < kD / 16; ++pair) {
       std::uint32_t b[4];
-      LoadMatricesTransposed(b, values.At(step * 16, pair * 2));
+      values.Load(b, step * 16, pair * 16);
 #pragma unroll
       for (int g = 0; g < kGroups; ++g) {
-        float(&first)[4] = *reinterpret_cast<float(*)[4]>(&output[g][pair * 8]);
-        float(&second)[4] = *reinterpret_cast<float(*)[4]>(&output[g][pair * 8 + 4]);
-        Mma16x8x16(first, a[g][0], b[0], b[1]);
-        Mma16x8x16(second, a[g][0], b[2], b[3]);
+        Mma16x16x16(Part<4>(output[g], 2 * pair), Part<4>(output[g], 2 * pair + 1), a[g][0], b);
       }
     }
   }

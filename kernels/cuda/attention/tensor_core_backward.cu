@@ -6,6 +6,7 @@
 #include "kernels/cuda/attention/mma_tiles.cuh"
 #include "kernels/cuda/attention/online_softmax.cuh"
 #include "kernels/cuda/attention/sparse_gradient.cuh"
+#include "kernels/cuda/fragments.cuh"
 
 namespace slalom::cuda {
 namespace {
@@ -16,7 +17,7 @@ using Parameters = SparseGradientParameters;
 
 // kTile: rows of either side at once.
 template <int kD, int kTile>
-struct alignas(128) SharedTiles {
+struct alignas(2 * kD) SharedTiles {
   bf16 first[2][kTile][kD];   // K, or Q
   bf16 second[2][kTile][kD];  // V, or d_out
   float lse[2][kTile];        // of the queries, where they are the other side; times log2(e)
@@ -27,17 +28,14 @@ struct alignas(128) SharedTiles {
 template <int kD, int kTile>
 __device__ inline void MultiplyRows(float (&products)[2][4], const std::uint32_t (&own)[kD / 16][4],
                                     const bf16 (&tile)[kTile][kD], int first_row) {
-  const auto base = static_cast<std::uint32_t>(__cvta_generic_to_shared(&tile));
-  const int lane = threadIdx.x % 32;
-  const int row = first_row + lane / 16 * 8 + lane % 8;
+  const FragmentReader<Operand::kRightTransposed, kD> rows(tile, first_row);
 #pragma unroll
   for (int i = 0; i < 8; ++i) products[i / 4][i % 4] = 0.0f;
 #pragma unroll
   for (int step = 0; step < kD / 16; ++step) {
     std::uint32_t b[4];
-    LoadMatrices(b, base + SwizzledOffset<kD / 8>(row, step * 2 + lane / 8 % 2));
-    Mma16x8x16(products[0], own[step], b[0], b[1]);
-    Mma16x8x16(products[1], own[step], b[2], b[3]);
+    rows.Load(b, 0, step * 16);
+    Mma16x16x16(products[0], products[1], own[step], b);
   }
 }
 
@@ -45,15 +43,12 @@ __device__ inline void MultiplyRows(float (&products)[2][4], const std::uint32_t
 template <int kD, int kTile>
 __device__ inline void AddRows(float (&sums)[kD / 8][4], const std::uint32_t (&weights)[4],
                                const bf16 (&tile)[kTile][kD], int first_row) {
-  const auto base = static_cast<std::uint32_t>(__cvta_generic_to_shared(&tile));
-  const int lane = threadIdx.x % 32;
+  const FragmentReader<Operand::kRight, kD> rows(tile, first_row);
 #pragma unroll
   for (int pair = 0; pair < kD / 16; ++pair) {
     std::uint32_t b[4];
-    LoadMatricesTransposed(
-        b, base + SwizzledOffset<kD / 8>(first_row + lane % 16, pair * 2 + lane / 16));
-    Mma16x8x16(sums[2 * pair], weights, b[0], b[1]);
-    Mma16x8x16(sums[2 * pair + 1], weights, b[2], b[3]);
+    rows.Load(b, 0, pair * 16);
+    Mma16x16x16(sums[2 * pair], sums[2 * pair + 1], weights, b);
   }
 }
 
@@ -148,7 +143,7 @@ struct Walk {
 template <int kD, int kTile>
 __global__ void __launch_bounds__(kTile / kRowsPerWarp * 32, 2)
     QueryGradientKernel(const Parameters p) {
-  extern __shared__ std::byte dynamic_shared[];
+  extern __shared__ __align__(2 * kD) std::byte dynamic_shared[];
   Walk<kD, kTile> walk(p, *reinterpret_cast<SharedTiles<kD, kTile>*>(dynamic_shared));
   const int row = walk.Row();
   std::uint32_t q[kD / 16][4], d_out[kD / 16][4];
@@ -190,7 +185,7 @@ __global__ void __launch_bounds__(kTile / kRowsPerWarp * 32, 2)
 template <int kD, int kTile>
 __global__ void __launch_bounds__(kTile / kRowsPerWarp * 32, 2)
     KeyGradientKernel(const Parameters p) {
-  extern __shared__ std::byte dynamic_shared[];
+  extern __shared__ __align__(2 * kD) std::byte dynamic_shared[];
   Walk<kD, kTile> walk(p, *reinterpret_cast<SharedTiles<kD, kTile>*>(dynamic_shared));
   const int row = walk.Row();
   std::uint32_t k[kD / 16][4], v[kD / 16][4];

@@ -32,14 +32,14 @@ struct ApplyParameters {
 };
 
 template <int kD>
-struct alignas(128) QueryTile {
+struct alignas(2 * kD) QueryTile {
   bf16 q[kTile][kD];
   bf16 out[kTile][kD];
 };
 
 // With a weight there is one tile of queries, else the next one arrives while one is worked on.
 template <int kD>
-struct alignas(128) ApplyTiles {
+struct alignas(2 * kD) ApplyTiles {
   bf16 state[kD][kD];
   QueryTile<kD> first;
   union {
@@ -138,7 +138,7 @@ __device__ inline void MultiplyTile(const ApplyParameters& p, const ApplyTiles<k
 // Grid (groups of p.tiles tiles of queries, heads).
 template <int kD>
 __global__ void __launch_bounds__(kApplyThreads) ApplyKernel(const ApplyParameters p) {
-  extern __shared__ std::byte dynamic_shared[];
+  extern __shared__ __align__(2 * kD) std::byte dynamic_shared[];
   auto& tiles = *reinterpret_cast<ApplyTiles<kD>*>(dynamic_shared);
   const int head_index = p.first_head + blockIdx.y;
   const std::int64_t row_stride = std::int64_t{p.heads} * kD;

@@ -2,6 +2,7 @@
 #include "kernels/cuda/attention/linear_states.cuh"
 #include "kernels/cuda/attention/linear_tiles.cuh"
 #include "kernels/cuda/check.h"
+#include "kernels/cuda/fragments.cuh"
 
 namespace slalom::cuda {
 namespace {
@@ -23,7 +24,7 @@ struct StateParameters {
 };
 
 template <int kD>
-struct alignas(128) StateTiles {
+struct alignas(2 * kD) StateTiles {
   bf16 k[kStages][kTile][kD];
   bf16 v[kStages][kTile][kD];
 };
@@ -70,29 +71,20 @@ struct StateSums {
   __device__ static int Column() { return static_cast<int>(threadIdx.x) / 128 * (kD / 2); }
 
   __device__ void Add(const bf16 (&features)[kTile][kD], const bf16 (&values)[kTile][kD]) {
-    constexpr int kChunks = kD / 8;
-    const std::uint32_t feature_base = SharedAddress(&features);
-    const std::uint32_t value_base = SharedAddress(&values);
-    const int lane = threadIdx.x % 32;
+    const FragmentReader<Operand::kLeftTransposed, kD> left(features, 0, Row());
+    const FragmentReader<Operand::kRight, kD> right(values, 0, Column());
 #pragma unroll
     for (int step = 0; step < kTile / 16; ++step) {
       std::uint32_t a[kFragments][4];
 #pragma unroll
-      for (int i = 0; i < kFragments; ++i) {
-        LoadMatricesTransposed(
-            a[i], feature_base + SwizzledOffset<kChunks>(step * 16 + lane / 16 * 8 + lane % 8,
-                                                         Row() / 8 + i * 2 + lane / 8 % 2));
-      }
+      for (int i = 0; i < kFragments; ++i) left.Load(a[i], step * 16, i * 16);
 #pragma unroll
       for (int pair = 0; pair < kPairs; ++pair) {
         std::uint32_t b[4];
-        LoadMatricesTransposed(
-            b, value_base + SwizzledOffset<kChunks>(step * 16 + lane % 16,
-                                                    Column() / 8 + pair * 2 + lane / 16));
+        right.Load(b, step * 16, pair * 16);
 #pragma unroll
         for (int i = 0; i < kFragments; ++i) {
-          Mma16x8x16(sums[i][2 * pair], a[i], b[0], b[1]);
-          Mma16x8x16(sums[i][2 * pair + 1], a[i], b[2], b[3]);
+          Mma16x16x16(sums[i][2 * pair], sums[i][2 * pair + 1], a[i], b);
         }
       }
     }
@@ -127,7 +119,7 @@ struct StateSums {
 template <int kD, typename Out>
 __global__ void __launch_bounds__(kStateThreads, kBlocksPerSm)
     StateKernel(const StateParameters p, Out* states) {
-  extern __shared__ std::byte dynamic_shared[];
+  extern __shared__ __align__(2 * kD) std::byte dynamic_shared[];
   auto& tiles = *reinterpret_cast<StateTiles<kD>*>(dynamic_shared);
   const int head_index = p.first_head + blockIdx.y;
   const std::int64_t row_stride = std::int64_t{p.heads} * kD;
