@@ -41,7 +41,7 @@ struct TilingOf {
   static constexpr int kBlocksPerMultiprocessor = (kGroups == 2 ? 8 : 12) / kWarps;
 };
 template <int kD>
-using DenseTiling = TilingOf<4, 2, 8192 / kD>;
+using DenseTiling = TilingOf<4, 2, 8192 / kD>;  // as many keys as fill 16 KiB
 using WideTiling = TilingOf<4, 2, kKeyBlock>;
 using NarrowTiling = TilingOf<2, 2, kKeyBlock>;
 using SmallTiling = TilingOf<1, 1, kSmallKeyBlock>;
