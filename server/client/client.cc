@@ -20,6 +20,10 @@ constexpr int kResumeAttempts = 5;
 constexpr auto kResumePause = std::chrono::milliseconds(500);
 // Of calls that only ask.
 constexpr auto kQuickDeadline = std::chrono::seconds(20);
+// Connecting is tried again for so long: a server may be about to listen, and gRPC before 1.61 now
+// and then takes an attempt that is under way for a failed one (grpc/grpc pull request 35064).
+constexpr auto kConnectPatience = std::chrono::seconds(2);
+constexpr int kReconnectMs = 100;
 
 CallError ToError(const grpc::Status& status) {
   std::optional<double> retry;
@@ -81,8 +85,15 @@ class Client::Impl {
     grpc::ChannelArguments arguments;
     // A preview or a chunk is small; a statistics message grows with the layers.
     arguments.SetMaxReceiveMessageSize(16 << 20);
-    stub_ = v1::VideoGeneration::NewStub(
-        grpc::CreateCustomChannel(options.server, grpc::InsecureChannelCredentials(), arguments));
+    arguments.SetInt(GRPC_ARG_INITIAL_RECONNECT_BACKOFF_MS, kReconnectMs);
+    channel_ =
+        grpc::CreateCustomChannel(options.server, grpc::InsecureChannelCredentials(), arguments);
+    stub_ = v1::VideoGeneration::NewStub(channel_);
+  }
+
+  // Whether it succeeds or not: the call then says what is wrong.
+  void Connect() const {
+    channel_->WaitForConnected(std::chrono::system_clock::now() + kConnectPatience);
   }
 
   std::unique_ptr<grpc::ClientContext> NewContext() const {
@@ -106,6 +117,7 @@ class Client::Impl {
       if (interrupted_) return grpc::Status::CANCELLED;
       current_ = context;
     }
+    Connect();
     const auto reader = start(context.get());
     v1::GenerateVideoResponse event;
     try {
@@ -128,6 +140,7 @@ class Client::Impl {
   Response Quick(Method method, const Request& request) const {
     const auto context = NewContext();
     context->set_deadline(std::chrono::system_clock::now() + kQuickDeadline);
+    Connect();
     Response response;
     const grpc::Status status = (stub_.get()->*method)(context.get(), request, &response);
     if (!status.ok()) throw ToError(status);
@@ -149,6 +162,7 @@ class Client::Impl {
 
  private:
   const std::string token_;
+  std::shared_ptr<grpc::Channel> channel_;
   std::unique_ptr<v1::VideoGeneration::Stub> stub_;
   mutable std::mutex mutex_;
   std::shared_ptr<grpc::ClientContext> current_;

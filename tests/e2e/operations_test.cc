@@ -1,10 +1,14 @@
 // What those who run the server see: health, readiness, metrics, reflection, draining, restarts.
 #include <grpcpp/grpcpp.h>
 #include <gtest/gtest.h>
+#include <netinet/in.h>
+#include <sys/socket.h>
+#include <unistd.h>
 
 #include <chrono>
 #include <filesystem>
 #include <future>
+#include <memory>
 #include <thread>
 
 #include "kernels/core/error.h"
@@ -52,6 +56,48 @@ TEST(OperationsTest, WarmingUpThenServing) {
   EXPECT_EQ(StatusOf(running, "/no-such-page"), 404);
 }
 
+// A port of this machine that nobody else gets, and that refuses connections, while this lives.
+class HeldPort {
+ public:
+  HeldPort() : socket_(socket(AF_INET, SOCK_STREAM, 0)) {
+    sockaddr_in address{};
+    address.sin_family = AF_INET;
+    address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+    socklen_t size = sizeof(address);
+    auto* generic = reinterpret_cast<sockaddr*>(&address);
+    EXPECT_EQ(bind(socket_, generic, size), 0);
+    EXPECT_EQ(getsockname(socket_, generic, &size), 0);
+    port_ = ntohs(address.sin_port);
+  }
+  ~HeldPort() { close(socket_); }
+  int port() const { return port_; }
+
+ private:
+  int socket_;
+  int port_ = 0;
+};
+
+TEST(OperationsTest, AClientFindsAServerThatIsAboutToListen) {
+  auto held = std::make_unique<HeldPort>();
+  ServerConfig config;
+  config.listen = {"127.0.0.1", held->port()};
+  config.http_listen = {"127.0.0.1", 0};
+  auto early = std::async(std::launch::async, [&] {
+    client::Client client({config.listen.ToString(), ""});
+    try {
+      client.Generate(SmallClip(), {}, [](const auto&) {});
+    } catch (const client::CallError& error) {
+      return error.retry_seconds().has_value();  // the server's own words: it is warming up
+    }
+    return false;
+  });
+  std::this_thread::sleep_for(milliseconds(150));
+  EXPECT_EQ(early.wait_for(milliseconds(0)), std::future_status::timeout);
+  held.reset();
+  const Server server(config);
+  EXPECT_TRUE(early.get());
+}
+
 TEST(OperationsTest, AClientThatWaitsMayAskWhetherTheServerLives) {
   RunningServer running;
   running.journal().Hold();
@@ -60,8 +106,11 @@ TEST(OperationsTest, AClientThatWaitsMayAskWhetherTheServerLives) {
   arguments.SetInt(GRPC_ARG_KEEPALIVE_TIME_MS, 1200);
   arguments.SetInt(GRPC_ARG_HTTP2_MAX_PINGS_WITHOUT_DATA, 0);
   arguments.SetInt(GRPC_ARG_HTTP2_MIN_SENT_PING_INTERVAL_WITHOUT_DATA_MS, 1200);
-  const auto stub = v1::VideoGeneration::NewStub(
-      grpc::CreateCustomChannel(running.address(), grpc::InsecureChannelCredentials(), arguments));
+  const auto channel =
+      grpc::CreateCustomChannel(running.address(), grpc::InsecureChannelCredentials(), arguments);
+  ASSERT_TRUE(
+      channel->WaitForConnected(std::chrono::system_clock::now() + std::chrono::seconds(10)));
+  const auto stub = v1::VideoGeneration::NewStub(channel);
   grpc::ClientContext context;
   const auto reader = stub->GenerateVideo(&context, SmallClip());
   ASSERT_TRUE(running.journal().WaitFor("begin"));

@@ -86,7 +86,9 @@ client::Client RunningServer::MakeClient(const std::string& token) const {
 }
 
 std::shared_ptr<grpc::Channel> RunningServer::MakeChannel() const {
-  return grpc::CreateChannel(address(), grpc::InsecureChannelCredentials());
+  auto channel = grpc::CreateChannel(address(), grpc::InsecureChannelCredentials());
+  channel->WaitForConnected(std::chrono::system_clock::now() + std::chrono::seconds(10));
+  return channel;
 }
 
 Outcome RunningServer::Generate(const v1::GenerateVideoRequest& request, const std::string& token,

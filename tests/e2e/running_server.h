@@ -41,7 +41,7 @@ class RunningServer {
   FakeJournal& journal() { return *fake_.journal; }
   std::string address() const { return server_->grpc_address().ToString(); }
   client::Client MakeClient(const std::string& token = "") const;
-  std::shared_ptr<grpc::Channel> MakeChannel() const;
+  std::shared_ptr<grpc::Channel> MakeChannel() const;  // connected
 
   // `on_event` sees each message after it has been recorded; it may throw to leave.
   Outcome Generate(const v1::GenerateVideoRequest& request, const std::string& token = "",
