@@ -24,9 +24,12 @@ void BenchDense(Bench& bench, std::int64_t q_length, std::int64_t k_length, std:
   const Shape k_shape{1, k_length, heads, head_size};
   const Tensor q = bench.Random(q_shape, kBF16), k = bench.Random(k_shape, kBF16);
   const Tensor v = bench.Random(k_shape, kBF16), out = bench.Empty(q_shape, kBF16);
-  const Tensor bias = bench.Random({heads, q_length + k_length - 1}, kF32);
   cuda::AttentionProblem problem = cuda::AttentionProblem::Of(q, k, v, out);
-  if (biased) problem.relative_bias = bias.data<float>();
+  Tensor bias;
+  if (biased) {
+    bias = bench.Random({heads, q_length + k_length - 1}, kF32);
+    problem.relative_bias = bias.data<float>();
+  }
   bench.Flops(name, 4.0 * q_length * k_length * heads * head_size,
               [&] { cuda::RunAttention(bench.backend().context(), problem, kernel); });
 }

@@ -106,11 +106,7 @@ TEST(OperationsTest, AClientThatWaitsMayAskWhetherTheServerLives) {
   arguments.SetInt(GRPC_ARG_KEEPALIVE_TIME_MS, 1200);
   arguments.SetInt(GRPC_ARG_HTTP2_MAX_PINGS_WITHOUT_DATA, 0);
   arguments.SetInt(GRPC_ARG_HTTP2_MIN_SENT_PING_INTERVAL_WITHOUT_DATA_MS, 1200);
-  const auto channel =
-      grpc::CreateCustomChannel(running.address(), grpc::InsecureChannelCredentials(), arguments);
-  ASSERT_TRUE(
-      channel->WaitForConnected(std::chrono::system_clock::now() + std::chrono::seconds(10)));
-  const auto stub = v1::VideoGeneration::NewStub(channel);
+  const auto stub = v1::VideoGeneration::NewStub(running.MakeChannel(arguments));
   grpc::ClientContext context;
   const auto reader = stub->GenerateVideo(&context, SmallClip());
   ASSERT_TRUE(running.journal().WaitFor("begin"));

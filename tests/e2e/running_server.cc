@@ -85,9 +85,13 @@ client::Client RunningServer::MakeClient(const std::string& token) const {
   return client::Client({address(), token});
 }
 
-std::shared_ptr<grpc::Channel> RunningServer::MakeChannel() const {
-  auto channel = grpc::CreateChannel(address(), grpc::InsecureChannelCredentials());
-  channel->WaitForConnected(std::chrono::system_clock::now() + std::chrono::seconds(10));
+std::shared_ptr<grpc::Channel> RunningServer::MakeChannel(
+    const grpc::ChannelArguments& arguments) const {
+  auto channel =
+      grpc::CreateCustomChannel(address(), grpc::InsecureChannelCredentials(), arguments);
+  if (!channel->WaitForConnected(std::chrono::system_clock::now() + std::chrono::seconds(10))) {
+    throw std::runtime_error("the server at " + address() + " cannot be reached");
+  }
   return channel;
 }
 

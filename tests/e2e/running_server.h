@@ -2,6 +2,7 @@
 #pragma once
 
 #include <grpcpp/channel.h>
+#include <grpcpp/support/channel_arguments.h>
 #include <grpcpp/support/status.h>
 
 #include <functional>
@@ -41,7 +42,8 @@ class RunningServer {
   FakeJournal& journal() { return *fake_.journal; }
   std::string address() const { return server_->grpc_address().ToString(); }
   client::Client MakeClient(const std::string& token = "") const;
-  std::shared_ptr<grpc::Channel> MakeChannel() const;  // connected
+  // Connected; throws where that fails.
+  std::shared_ptr<grpc::Channel> MakeChannel(const grpc::ChannelArguments& arguments = {}) const;
 
   // `on_event` sees each message after it has been recorded; it may throw to leave.
   Outcome Generate(const v1::GenerateVideoRequest& request, const std::string& token = "",
