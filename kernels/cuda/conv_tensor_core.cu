@@ -3,6 +3,7 @@
 #include "kernels/cuda/conv.h"
 #include "kernels/cuda/fragments.cuh"
 #include "kernels/cuda/mma.cuh"
+#include "kernels/cuda/shared_address.cuh"
 #include "kernels/cuda/vector.cuh"
 
 namespace slalom::cuda {
@@ -74,10 +75,8 @@ struct Loader {
   __device__ static int Row(int i) { return threadIdx.x / kChunks + i * (kThreads / kChunks); }
 
   __device__ void Load(int stage) {
-    const auto pixel_base =
-        static_cast<std::uint32_t>(__cvta_generic_to_shared(&shared.pixels[stage]));
-    const auto weight_base =
-        static_cast<std::uint32_t>(__cvta_generic_to_shared(&shared.weights[stage]));
+    const auto pixel_base = SharedAddress(&shared.pixels[stage]);
+    const auto weight_base = SharedAddress(&shared.weights[stage]);
 #pragma unroll
     for (int i = 0; i < kRowsPerThread; ++i) {
       const ConvSource source = ConvSource::Find(p.shape, pixels[i], tap);

@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "kernels/cuda/mma.cuh"
+#include "kernels/cuda/shared_address.cuh"
 #include "kernels/cuda/vector.cuh"
 
 namespace slalom::cuda {
@@ -27,8 +28,7 @@ class FragmentReader {
     constexpr bool kDownFirst = kOperand == Operand::kLeft || kOperand == Operand::kRight;
     const int down = kDownFirst ? lane % 16 : lane / 16 * 8 + lane % 8;
     const int along = kDownFirst ? lane / 16 : lane / 8 % 2;
-    address_ = static_cast<std::uint32_t>(__cvta_generic_to_shared(&tile)) +
-               SwizzledOffset<kColumns / 8>(row + down, column / 8 + along);
+    address_ = SharedAddress(&tile) + SwizzledOffset<kColumns / 8>(row + down, column / 8 + along);
   }
 
   // The fragment `rows` below and `columns` right of the first one, multiples of 16. `columns` has

@@ -7,6 +7,7 @@
 #include "kernels/cuda/mma.cuh"
 #include "kernels/cuda/ops.h"
 #include "kernels/cuda/reduce.cuh"
+#include "kernels/cuda/shared_address.cuh"
 #include "kernels/cuda/vector.cuh"
 
 namespace slalom::cuda {
@@ -136,7 +137,7 @@ template <int kD, typename RowOf>
 __device__ inline void GatherRows(bf16 (&to)[kMassTile][kD], const bf16* x, const RowOf& row_of,
                                   int rows) {
   constexpr int kChunks = kD / 8;
-  const auto base = static_cast<std::uint32_t>(__cvta_generic_to_shared(&to));
+  const auto base = SharedAddress(&to);
   for (int i = threadIdx.x; i < kMassTile * kChunks; i += kMassThreads) {
     const int row = i / kChunks, chunk = i % kChunks;
     const bool there = row < rows;

@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "kernels/cuda/mma.cuh"
+#include "kernels/cuda/shared_address.cuh"
 #include "kernels/cuda/vector.cuh"
 
 namespace slalom::cuda {
@@ -17,7 +18,7 @@ __device__ inline void CopyTile(bf16 (&to)[kRows][kD], const bf16* from, std::in
   constexpr int kChunks = kD / 8;
   constexpr int kStep = kThreads / kChunks;
   static_assert(kThreads % kChunks == 0 && kRows % kStep == 0);
-  const auto base = static_cast<std::uint32_t>(__cvta_generic_to_shared(&to));
+  const auto base = SharedAddress(&to);
   const int first = static_cast<int>(threadIdx.x / kChunks);
   const int chunk = static_cast<int>(threadIdx.x % kChunks);
   from += first * row_stride + chunk * 8;

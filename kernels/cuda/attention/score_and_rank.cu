@@ -5,6 +5,7 @@
 #include "kernels/cuda/attention/ranking.cuh"
 #include "kernels/cuda/check.h"
 #include "kernels/cuda/mma.cuh"
+#include "kernels/cuda/shared_address.cuh"
 #include "kernels/cuda/vector.cuh"
 
 namespace slalom::cuda {
@@ -75,7 +76,7 @@ __device__ inline void LoadKeys(const Parameters& p, const float* k, int first_k
 #pragma unroll
   for (int row = threadIdx.x / kPieces; row < kKeys; row += kThreads / kPieces) {
     const bool there = first_key + row < p.key_blocks && channel < p.head_size;
-    CopyAsync16(static_cast<std::uint32_t>(__cvta_generic_to_shared(&to[row][channel % kDepth])),
+    CopyAsync16(SharedAddress(&to[row][channel % kDepth]),
                 k + (there ? (first_key + row) * width + channel : 0), there);
   }
 }

@@ -4,11 +4,9 @@
 
 #include <cstdint>
 
-namespace slalom::cuda::hopper {
+#include "kernels/cuda/shared_address.cuh"
 
-__device__ inline std::uint32_t SharedAddress(const void* pointer) {
-  return static_cast<std::uint32_t>(__cvta_generic_to_shared(pointer));
-}
+namespace slalom::cuda::hopper {
 
 // A phase ends when `arrivals` threads have arrived and all announced bytes are there.
 __device__ inline void BarrierInit(std::uint64_t* barrier, int arrivals) {
